@@ -1,0 +1,264 @@
+"""What a checkpoint is: dataclasses read from its config files and checked against its weight shapes.
+
+Nothing about a particular checkpoint is hard-coded; the released sizes stand in `RELEASED` only so that benchmarks and
+`tiny` have something to start from.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .errors import CheckpointError
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+LATENT_CHANNELS = 48
+TIME_FREQUENCIES = 256  # width of the sinusoidal timestep embedding
+OUTPUT_FPS = 12
+MAX_FRAMES = 121
+MAX_LATENT_FRAMES = 31
+MAX_LATENT_SIDE = 64
+CELL = 16  # pixels a side of one latent token
+IMAGE_TABLE_ROWS = MAX_LATENT_SIDE**2  # rows of `latent_pos_embed` in a checkpoint trained on single frames
+
+
+@dataclass(frozen=True)
+class LLMConfig:
+    """The dual-expert decoder (Qwen2.5 layout, every layer twice)."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    rope_theta: float
+    mrope_section: tuple[int, int, int]
+    rms_eps: float
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """Qwen2.5-VL's vision tower."""
+
+    depth: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    out_hidden_size: int
+    in_channels: int = 3
+    patch_size: int = 14
+    temporal_patch_size: int = 2
+    spatial_merge_size: int = 2
+    window_size: int = 112
+    fullatt_block_indexes: tuple[int, ...] = ()
+    tokens_per_second: float = 2
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """Wan2.2's VAE; widths per resolution level, finest first. `temporal[i]`: level i also halves (doubles) time."""
+
+    encoder_widths: tuple[int, ...]
+    decoder_widths: tuple[int, ...]
+    encoder_blocks: int
+    decoder_blocks: int
+    temporal: tuple[bool, ...]
+    latent_channels: int = LATENT_CHANNELS
+    patch: int = 2
+
+    @property
+    def spatial_ratio(self) -> int:
+        """Pixels a side of one latent cell."""
+        return self.patch * 2 ** (len(self.encoder_widths) - 1)
+
+    @property
+    def temporal_ratio(self) -> int:
+        """Frames in one latent frame (the first latent frame holds one)."""
+        return 2 ** sum(self.temporal)
+
+
+@dataclass(frozen=True)
+class LanceConfig:
+    """A whole model. `variant` is "image" or "video"; the video checkpoint does every task."""
+
+    llm: LLMConfig
+    vit: ViTConfig | None
+    vae: VAEConfig | None
+    variant: str
+    raw: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Temporal position step between two latent frames or two ViT frame pairs."""
+        return self.vit.tokens_per_second if self.vit else 2
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`.
+
+    Raises:
+        CheckpointError: the file is missing, is not JSON, or holds no object.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist; a Lance checkpoint folder holds one. Download it again.") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON ({error}); download it again.") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(data).__name__}, expected an object; download it again.")
+    return data
+
+
+def llm_config(raw: Mapping[str, Any], shapes: Shapes, where: str) -> LLMConfig:
+    """The decoder's configuration from llm_config.json, its sizes confirmed by (model-file) weight shapes.
+
+    Raises:
+        CheckpointError: a key is missing or disagrees with the weights.
+    """
+    heads = positive(raw, "num_attention_heads", where)
+    vocab, hidden = matrix(shapes, "language_model.model.embed_tokens.weight", where)
+    head_dim = vector(shapes, "language_model.model.layers.0.self_attn.q_norm.weight", where)
+    inter, _ = matrix(shapes, "language_model.model.layers.0.mlp.gate_proj.weight", where)
+    layers = 1 + max(
+        (int(k.split(".")[3]) for k in shapes if k.startswith("language_model.model.layers.") and k.split(".")[3].isdecimal()),
+        default=-1,
+    )
+    scaling = raw.get("rope_scaling") or {}
+    section = scaling.get("mrope_section") if isinstance(scaling, Mapping) else None
+    if not (isinstance(section, list) and len(section) == 3 and all(isinstance(s, int) and s >= 0 for s in section)):
+        raise CheckpointError(f"{where}: rope_scaling.mrope_section is {section!r}, expected three non-negative integers [t, h, w].")
+    if sum(section) * 2 != head_dim:
+        raise CheckpointError(
+            f"{where}: mrope sections {section} cover {sum(section)} frequencies, heads of width {head_dim} have {head_dim // 2}."
+        )
+    config = LLMConfig(
+        hidden_size=hidden,
+        intermediate_size=inter,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=positive(raw, "num_key_value_heads", where),
+        head_dim=head_dim,
+        vocab_size=vocab,
+        rope_theta=number(raw, "rope_theta", where),
+        mrope_section=tuple(section),
+        rms_eps=number(raw, "rms_norm_eps", where),
+    )
+    if config.num_heads % config.num_kv_heads:
+        raise CheckpointError(f"{where}: {config.num_heads} query heads cannot share {config.num_kv_heads} key/value heads evenly.")
+    stated = {"hidden_size": hidden, "intermediate_size": inter, "num_hidden_layers": layers}
+    for key, found in stated.items():
+        if key in raw and raw[key] != found:
+            raise CheckpointError(f"{where}: {key} is {raw[key]!r} in the configuration, {found} in the weights: they are of two models.")
+    return config
+
+
+def vit_config(raw: Mapping[str, Any], where: str) -> ViTConfig:
+    """The vision tower's configuration from its config.json, or from `vision_config` of llm_config.json.
+
+    Raises:
+        CheckpointError: a key is missing or out of range.
+    """
+    full = raw.get("fullatt_block_indexes", [])
+    if not (isinstance(full, list) and all(isinstance(i, int) for i in full)):
+        raise CheckpointError(f"{where}: fullatt_block_indexes is {full!r}, expected a list of block numbers.")
+    sizes = {k: positive(raw, k, where) for k in ("depth", "hidden_size", "intermediate_size", "num_heads", "out_hidden_size")}
+    optional = ("in_channels", "patch_size", "temporal_patch_size", "spatial_merge_size", "window_size")
+    sizes |= {k: positive(raw, k, where) for k in optional if k in raw}
+    if sizes["hidden_size"] % sizes["num_heads"]:
+        raise CheckpointError(f"{where}: width {sizes['hidden_size']} does not divide into {sizes['num_heads']} heads.")
+    rate = number(raw, "tokens_per_second", where) if "tokens_per_second" in raw else 2
+    return ViTConfig(**sizes, fullatt_block_indexes=tuple(full), tokens_per_second=rate)
+
+
+def vae_config(shapes: Shapes, where: str) -> VAEConfig:
+    """The VAE's configuration, all of it read off its weight shapes.
+
+    Raises:
+        CheckpointError: the tensors are not those of a Wan2.2 VAE.
+    """
+
+    def levels(side: str, inner: str) -> int:
+        return len({k.split(".")[2] for k in shapes if k.startswith(f"{side}.{inner}.")})
+
+    def blocks(side: str, inner: str) -> int:
+        return len({k.split(".")[4] for k in shapes if k.startswith(f"{side}.{inner}.0.{inner}.") and ".residual." in k})
+
+    down, up = levels("encoder", "downsamples"), levels("decoder", "upsamples")
+    if down < 2 or down != up:
+        raise CheckpointError(f"{where} is not a Wan2.2 VAE: {down} encoder and {up} decoder levels found, expected the same, at least 2.")
+    enc_blocks, dec_blocks = blocks("encoder", "downsamples"), blocks("decoder", "upsamples")
+    if not enc_blocks or not dec_blocks:
+        raise CheckpointError(f"{where} is not a Wan2.2 VAE: no residual blocks in its first level.")
+    enc = tuple(shape(shapes, f"encoder.downsamples.{i}.downsamples.0.residual.2.weight", where, 5)[0] for i in range(down))
+    dec = tuple(shape(shapes, f"decoder.upsamples.{i}.upsamples.0.residual.2.weight", where, 5)[0] for i in reversed(range(up)))
+    temporal = tuple(f"encoder.downsamples.{i}.downsamples.{enc_blocks}.time_conv.weight" in shapes for i in range(down - 1))
+    channels = shape(shapes, "conv2.weight", where, 5)[0]
+    patch = math.isqrt(shape(shapes, "encoder.conv1.weight", where, 5)[1] // 3)
+    if channels != LATENT_CHANNELS:
+        raise CheckpointError(f"{where}: a VAE of {channels} latent channels; Lance uses Wan2.2's, which has {LATENT_CHANNELS}.")
+    return VAEConfig(enc, dec, enc_blocks, dec_blocks - 1, temporal, channels, patch)
+
+
+def variant_of(shapes: Shapes, name: str) -> str:
+    """ "image" or "video": the video checkpoint carries its ViT inside and a position table of more than one frame.
+
+    Some exports drop both; then the name of the folder or file decides.
+    """
+    if any(k.startswith("vit_model.") for k in shapes):
+        return "video"
+    table = shapes.get("latent_pos_embed.pos_embed")
+    if table:
+        return "video" if table[0] > IMAGE_TABLE_ROWS else "image"
+    return "video" if "video" in name.lower() else "image"
+
+
+def shape(shapes: Shapes, key: str, where: str, dims: int) -> tuple[int, ...]:
+    """The shape of tensor `key`, which must exist and have `dims` dimensions."""
+    found = shapes.get(key)
+    if found is None:
+        raise CheckpointError(f"{where} has no tensor {key}: it is not of the expected model, or incomplete.")
+    if len(found) != dims or min(found) < 1:
+        raise CheckpointError(f"{where}: {key} has shape {list(found)}, expected {dims} positive dimensions.")
+    return tuple(found)
+
+
+def matrix(shapes: Shapes, key: str, where: str) -> tuple[int, ...]:
+    return shape(shapes, key, where, 2)
+
+
+def vector(shapes: Shapes, key: str, where: str) -> int:
+    return shape(shapes, key, where, 1)[0]
+
+
+def positive(raw: Mapping[str, Any], key: str, where: str) -> int:
+    """Integer `key` of a configuration, at least 1."""
+    value = raw.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 1 << 24:
+        raise CheckpointError(f"{where}: {key} is {value!r}, expected a positive integer.")
+    return value
+
+
+def number(raw: Mapping[str, Any], key: str, where: str) -> float:
+    """Number `key` of a configuration, positive and finite."""
+    value = raw.get(key)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not (0 < value < math.inf):
+        raise CheckpointError(f"{where}: {key} is {value!r}, expected a positive number.")
+    return value
+
+
+def to_json(config: LLMConfig | ViTConfig | VAEConfig) -> dict[str, Any]:
+    """A dataclass as JSON-ready values (for `info` and file metadata)."""
+    return asdict(config)
+
+
+RELEASED_LLM = LLMConfig(2048, 11008, 36, 16, 2, 128, 151936, 1e6, (16, 24, 24), 1e-6)
+RELEASED_VIT = ViTConfig(32, 1280, 3420, 16, 2048, fullatt_block_indexes=(7, 15, 23, 31))
+RELEASED_VAE = VAEConfig((160, 320, 640, 640), (256, 512, 1024, 1024), 2, 2, (False, True, True))

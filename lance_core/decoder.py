@@ -1,0 +1,114 @@
+"""The dual-expert decoder: two stacks of the same shape, joined only for attention.
+
+A layer takes two tensors, `und` (text, ViT and marker tokens) and `gen` (latent tokens), projects each with its own
+expert's weights, runs one attention over both and splits again. Either may be empty. Expert stacks are separate
+modules so that a host can place, load and patch them separately.
+
+Precision: weights and matmuls in the compute dtype; norms and rope compute in float32 inside (ops.RMSNorm, rope.rotate).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .cache import Attend
+from .config import LLMConfig
+from .ops import TorchOps
+from .rope import rotate
+
+
+class SelfAttention(nn.Module):
+    """One expert's projections around the shared attention."""
+
+    def __init__(self, config: LLMConfig, ops=TorchOps, device=None, dtype=None) -> None:
+        super().__init__()
+        kw = {"device": device, "dtype": dtype}
+        hidden, width = config.hidden_size, config.head_dim
+        self.width = width
+        self.q_proj = ops.Linear(hidden, config.num_heads * width, bias=True, **kw)
+        self.k_proj = ops.Linear(hidden, config.num_kv_heads * width, bias=True, **kw)
+        self.v_proj = ops.Linear(hidden, config.num_kv_heads * width, bias=True, **kw)
+        self.o_proj = ops.Linear(config.num_heads * width, hidden, bias=False, **kw)
+        self.q_norm = ops.RMSNorm(width, eps=config.rms_eps, **kw)
+        self.k_norm = ops.RMSNorm(width, eps=config.rms_eps, **kw)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [b, n, hidden] -> normed q [b, n, heads, width], normed k and v [b, n, kv_heads, width]."""
+        q, k, v = (p(x).unflatten(-1, (-1, self.width)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        return self.q_norm(q), self.k_norm(k), v
+
+
+class MLP(nn.Module):
+    """SwiGLU feed-forward."""
+
+    def __init__(self, config: LLMConfig, ops=TorchOps, device=None, dtype=None) -> None:
+        super().__init__()
+        kw = {"bias": False, "device": device, "dtype": dtype}
+        self.gate_proj = ops.Linear(config.hidden_size, config.intermediate_size, **kw)
+        self.up_proj = ops.Linear(config.hidden_size, config.intermediate_size, **kw)
+        self.down_proj = ops.Linear(config.intermediate_size, config.hidden_size, **kw)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class ExpertLayer(nn.Module):
+    """One expert's half of a decoder layer: everything but the attention itself."""
+
+    def __init__(self, config: LLMConfig, ops=TorchOps, device=None, dtype=None) -> None:
+        super().__init__()
+        kw = {"ops": ops, "device": device, "dtype": dtype}
+        norm = {"eps": config.rms_eps, "device": device, "dtype": dtype}
+        self.input_layernorm = ops.RMSNorm(config.hidden_size, **norm)
+        self.self_attn = SelfAttention(config, **kw)
+        self.post_attention_layernorm = ops.RMSNorm(config.hidden_size, **norm)
+        self.mlp = MLP(config, **kw)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.self_attn.project(self.input_layernorm(x))
+
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        """Residual stream after attention [b, n, heads, width] and the feed-forward."""
+        x = x + self.self_attn.o_proj(attended.flatten(2))
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+def run_layer(
+    index: int,
+    und_layer: ExpertLayer,
+    gen_layer: ExpertLayer | None,
+    und: Tensor,
+    gen: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    attend: Attend,
+) -> tuple[Tensor, Tensor | None]:
+    """One dual-stream layer.
+
+    und: [b, u, hidden]; gen: [b, g, hidden] or None; cos, sin: [b or 1, u + g, width], markers first.
+    """
+    parts = [und_layer.project(und)]
+    if gen is not None:
+        parts.append(gen_layer.project(gen))
+    q, k, v = (torch.cat(p, dim=1) if len(p) > 1 else p[0] for p in zip(*parts, strict=True))
+    out = attend(index, rotate(q, cos, sin), rotate(k, cos, sin), v)
+    split = und.shape[1]
+    und = und_layer.finish(und, out[:, :split])
+    return und, None if gen is None else gen_layer.finish(gen, out[:, split:])
+
+
+def run_layers(
+    und_layers: nn.ModuleList,
+    gen_layers: nn.ModuleList | None,
+    und: Tensor,
+    gen: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    attend: Attend,
+) -> tuple[Tensor, Tensor | None]:
+    """All layers; see `run_layer`. `gen_layers` is needed only when there are generation tokens."""
+    for i, und_layer in enumerate(und_layers):
+        und, gen = run_layer(i, und_layer, gen_layers[i] if gen is not None else None, und, gen, cos, sin, attend)
+    return und, gen

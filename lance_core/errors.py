@@ -1,0 +1,24 @@
+"""Everything that is the caller's or the file's fault, as types a caller can tell apart.
+
+Messages say what came, what was expected and what to do. Bugs of ours are not wrapped: they surface as themselves.
+"""
+
+
+class LanceError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class RequestError(LanceError):
+    """A request that cannot be carried out: unknown task or option, size out of range, too many or too few media."""
+
+
+class MediaError(LanceError):
+    """An image or video that cannot be read, is empty, or has a shape nothing can be made of."""
+
+
+class CheckpointError(LanceError):
+    """A model file that is missing, damaged, incomplete, of another model, or of the wrong shape."""
+
+
+class NumericsError(LanceError):
+    """NaN or infinity appeared; the message names the stage and the usual cause."""

@@ -1,0 +1,444 @@
+"""The public API: requests in, latents, frames and answers out. The only place that loads parts and moves data between devices."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from . import media, preprocess, prompts, request
+from .checkpoint import Checkpoint, Progress, non_finite
+from .config import LATENT_CHANNELS, OUTPUT_FPS, LanceConfig
+from .errors import NumericsError, RequestError
+from .model import Branch, DualExpert, Plan, Prepared
+from .request import Task
+from .sampler import Guidance, euler, schedule
+from .sequence import Kind, Role, Segment, Sequence
+from .vae import denormalize_latent, normalize_latent
+
+MAX_BATCH = 64
+MAX_NEW_TOKENS = 4096
+MAX_SEED = 2**64 - 1
+
+
+@dataclass(eq=False)
+class Generated:
+    """What `generate` made.
+
+    latent: normalised, float32 [t, h, w, 48]; frames: float32 [T, H, W, 3] in 0..1; a batch in front of both when
+    batch_size > 1. fps: frames per second of a video (1 frame is an image). request: what was asked, JSON-ready.
+    """
+
+    latent: Tensor
+    frames: Tensor
+    fps: int
+    request: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What `understand` wrote: text without the end token, and every id with it when it was reached."""
+
+    text: str
+    token_ids: list[int]
+
+
+class Piece(str):
+    """Newly completed text of an answer, given to `on_token`; empty while a character's bytes are still coming."""
+
+    token_id: int
+
+
+def load(
+    path: str | os.PathLike,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    vit: str | os.PathLike | None = None,
+    vae: str | os.PathLike | None = None,
+    progress: Progress | None = None,
+) -> Lance:
+    """Open a checkpoint. Everything is checked now; each part's weights are read when first needed, and kept.
+
+    Args:
+        path: `.../Lance_3B` or `.../Lance_3B_Video`; the ViT and VAE are found inside or beside it.
+        device, dtype: of the weights and the computation.
+        vit, vae: files to use instead.
+        progress: (what, done, total) on everything that takes time.
+
+    Raises:
+        CheckpointError: missing, damaged, or another model.
+        RequestError: a device or dtype torch does not have.
+    """
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise RequestError(f"dtype is {dtype}, expected torch.float32, bfloat16 or float16")
+    try:
+        device = torch.device(device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise RequestError(f"device {device!r} cannot be used ({str(error).splitlines()[0]}); 'cpu' always can") from None
+    return Lance(Checkpoint(path, vit, vae), device, dtype, progress)
+
+
+class Lance:
+    """An opened checkpoint that generates and understands. Made by `load`."""
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, progress: Progress | None = None) -> None:
+        self.checkpoint, self.device, self.dtype, self.progress = checkpoint, device, dtype, progress
+        self._parts: dict[str, nn.Module] = {}
+
+    @property
+    def config(self) -> LanceConfig:
+        return self.checkpoint.config
+
+    def part(self, name: str) -> nn.Module:
+        """One of "und", "gen", "vit", "vae", loaded when first asked for."""
+        if name not in self._parts:
+            self._parts[name] = self.checkpoint.load(name, device=self.device, dtype=self.dtype, progress=self.progress)
+        return self._parts[name]
+
+    def unload(self, *names: str) -> None:
+        """Forget loaded parts (all without names); they are read again when next needed."""
+        for name in names or tuple(self._parts):
+            self._parts.pop(name, None)
+
+    def experts(self, generation: bool = True) -> DualExpert:
+        """The decoder, with its generation expert or without."""
+        gen = self.part("gen") if generation else None
+        return DualExpert(self.config.llm, self.part("und"), gen, dtype=self.dtype, device=self.device)
+
+    # -- generation ---------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        task: str,
+        prompt: str,
+        *,
+        image: Any = None,
+        video: Any = None,
+        references: Any = None,
+        width: int | None = None,
+        height: int | None = None,
+        num_frames: int | None = None,
+        resolution: str | None = None,
+        steps: int = 30,
+        shift: float = 3.5,
+        cfg: float = 4.0,
+        cfg_interval: tuple[float, float] = (0.4, 1.0),
+        renorm: str = "global",
+        renorm_min: float = 0.0,
+        seed: int = 42,
+        negative_prompt: str | None = None,
+        system_prompt: str | None = None,
+        batch_size: int = 1,
+        noise: Tensor | None = None,
+        callback: Callable[[int, int, Tensor], None] | None = None,
+    ) -> Generated:
+        """Make an image or a video.
+
+        Args:
+            task: t2i, t2v, i2v, image_edit, video_edit, subject_image or subject_video.
+            prompt: the caption or instruction.
+            image, video, references: what the task takes; a path, PIL image, or array/tensor ([H, W, 3]; videos
+                [T, H, W, 3], or (frames, fps); references: a list of images).
+            width, height: pixels, lowered to multiples of 16; ignored where the input decides (i2v and edits).
+            num_frames: lowered to 4k+1, at most 121; ignored by video_edit, where the clip decides.
+            resolution: preset that sizes references, sources and, without width and height, the result.
+            steps, shift: of the Euler schedule.
+            cfg, cfg_interval, renorm, renorm_min: see `sampler.Guidance`.
+            seed: any whole number from 0; result i of a batch has seed + i.
+            negative_prompt: takes the caption's place in the unconditional sequence; None or empty removes the caption, as trained.
+            system_prompt: instead of the one the weights were trained with.
+            noise: starting noise of the target, [t, h, w, 48] (a batch in front if batch_size > 1), instead of the seed's.
+            callback: (step, total, latent) after each step, step from 1; raise in it to stop.
+
+        Raises:
+            RequestError, MediaError, CheckpointError, NumericsError.
+        """
+        kind = request.task_of(task, text=False)
+        request.check_text("prompt", prompt)
+        request.check_variant(kind, self.config.variant)
+        request.check_media(kind, image, video, references)
+        resolution = request.resolve_resolution(kind, resolution)
+        times = schedule(steps, shift)
+        guidance = Guidance(cfg, tuple(cfg_interval), renorm, renorm_min)
+        batch = request.check_count("batch_size", batch_size, 1, MAX_BATCH)
+        request.check_count("seed", seed, 0, MAX_SEED - batch + 1)
+        if kind.output == "image" and num_frames not in (None, 1):
+            raise RequestError(f"{task} makes one picture and num_frames is {num_frames}; leave it out, or use t2v")
+        frames = 1 if kind.output == "image" else request.resolve_frames(num_frames)
+        size = (0, 0) if kind.sized_by_input else request.resolve_size(kind, width, height, resolution)
+
+        sources = self._sources(kind, image, video, references)
+        first_frame = None
+        if kind.name == "i2v":
+            first_frame = self.encode_vae(sources[0], resolution)
+            segments, source_tokens = [], 0
+            grid = (1 + (frames - 1) // 4, *first_frame.shape[1:3])
+        else:
+            role = Role.SUBJECT if kind.takes == "references" else Role.SOURCE
+            segments = [s for clip in sources for s in self.visual_segments(clip, resolution, role)]
+            clean = [s for s in segments if s.kind is Kind.CLEAN]
+            source_tokens = sum(s.visual for s in clean)
+            w, h = size
+            grid = clean[0].grid if role is Role.SOURCE and clean else (1 + (frames - 1) // 4, h // 16, w // 16)
+
+        sequence = prompts.generation(self.checkpoint.tokenizer, self._system(kind, system_prompt), segments, prompt, grid)
+        prepared = self._prefill(sequence, guidance.active, negative_prompt)
+        x = self._noise(noise, batch, grid, source_tokens, seed)
+        latent = self.denoise(prepared, x, times, guidance, first_frame, callback if batch > 1 else _unbatched(callback))
+        pixels = self.decode_vae(latent)
+        asked = {
+            "task": task,
+            "prompt": prompt,
+            "negative_prompt": negative_prompt,
+            "system_prompt": system_prompt,
+            "resolution": resolution,
+            "width": pixels.shape[3],
+            "height": pixels.shape[2],
+            "num_frames": pixels.shape[1],
+            "steps": steps,
+            "shift": shift,
+            "cfg": cfg,
+            "cfg_interval": list(cfg_interval),
+            "renorm": renorm,
+            "renorm_min": renorm_min,
+            "seed": seed,
+            "checkpoint": self.checkpoint.path.name,
+        }
+        if batch == 1:
+            latent, pixels = latent[0], pixels[0]
+        return Generated(latent, pixels, OUTPUT_FPS, asked)
+
+    def _sources(self, task: Task, image: Any, video: Any, references: Any) -> list[np.ndarray]:
+        """The request's media as 8-bit clips [T, H, W, 3], videos already thinned to the frames the model sees."""
+        if task.takes == "video":
+            return [media.read_clip(video)[0]]
+        if task.takes == "references":
+            listed = references if isinstance(references, list | tuple) else [references]
+            return [media.load_image(r)[None] for r in listed]
+        return [media.load_image(image)[None]] if task.takes == "image" else []
+
+    def _system(self, task: Task, system_prompt: str | None) -> str:
+        if system_prompt is not None and not isinstance(system_prompt, str):
+            raise RequestError(f"system_prompt is {type(system_prompt).__name__}, expected text")
+        return task.default_system_prompt if system_prompt is None else system_prompt
+
+    def _prefill(self, sequence: Sequence, guided: bool, negative_prompt: str | None) -> Prepared:
+        if negative_prompt is not None and not isinstance(negative_prompt, str):
+            raise RequestError(f"negative_prompt is {type(negative_prompt).__name__}, expected text")
+        negative = self.checkpoint.tokenizer.encode(negative_prompt) if negative_prompt and negative_prompt.strip() else None
+        self._report("reading the prompt", 0, 1)
+        prepared = self.experts().prefill(sequence, Plan.of(sequence, self.config.tokens_per_second, guided, negative))
+        self._report("reading the prompt", 1, 1)
+        return prepared
+
+    def _noise(self, noise: Any, batch: int, grid: tuple[int, int, int], before: int, seed: int) -> Tensor:
+        """Starting noise [batch, t, h, w, 48] on the device: a row per latent token of the whole sequence, references first."""
+        if noise is not None:
+            noise = torch.as_tensor(noise, dtype=torch.float32)
+            request.check_noise(noise, batch, grid)
+            if not bool(torch.isfinite(noise).all()):
+                raise NumericsError("the noise given has NaN or infinity in it")
+            return noise.reshape(batch, *grid, LATENT_CHANNELS).to(self.device)
+        return torch.stack([seeded_noise(seed + i, grid, before) for i in range(batch)]).to(self.device)
+
+    def denoise(
+        self,
+        prepared: Prepared,
+        x: Tensor,
+        times: Tensor,
+        guidance: Guidance,
+        first_frame: Tensor | None = None,
+        callback: Callable[[int, int, Tensor], None] | None = None,
+    ) -> Tensor:
+        """Noise [b, t, h, w, 48] -> latent, with `first_frame` [1, h, w, 48] kept clean if given."""
+        model, batch = self.experts(), x.shape[0]
+        clean = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
+        if first_frame is not None:
+            clean[:, 0] = True
+            x = x.clone()
+            x[:, :1] = first_frame.to(x.device)
+
+        def velocity(x: Tensor, t: Tensor, guided: bool) -> tuple[Tensor, Tensor | None]:
+            rows = [Branch(prepared, 0)] * batch + [Branch(prepared, 1)] * (batch if guided else 0)
+            both = torch.cat([x, x]) if guided else x
+            frames = t.to(x.device).expand(x.shape[:2]).masked_fill(clean, 0)
+            v = model.velocity(rows, both, torch.cat([frames, frames]) if guided else frames)
+            return (v[:batch], v[batch:]) if guided else (v, None)
+
+        def step(i: int, total: int, latent: Tensor) -> None:
+            self._report("denoising", i, total)
+            if callback is not None:
+                callback(i, total, latent)
+
+        try:
+            return euler(velocity, x, times, guidance, fixed=clean[..., None, None, None], callback=step)
+        except NumericsError as error:
+            raise NumericsError(f"{error}{self._blame('gen', 'und')}") from None
+
+    # -- understanding ------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def understand(
+        self,
+        question: str,
+        *,
+        image: Any = None,
+        video: Any = None,
+        system_prompt: str | None = None,
+        resolution: str | None = None,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        on_token: Callable[[Piece], None] | None = None,
+    ) -> Answer:
+        """Answer a question about one image or one video. Loads the understanding expert and the ViT only.
+
+        Args:
+            temperature: 0 takes the likeliest token; above, samples at that temperature from the `top_p` nucleus.
+            on_token: called with each new piece of text (a str with `.token_id`); raise in it to stop.
+
+        Raises:
+            RequestError, MediaError, CheckpointError, NumericsError.
+        """
+        if image is None and video is None:
+            raise RequestError("understanding needs image= or video=, and none was given")
+        task = request.TASKS["x2t_video" if video is not None else "x2t_image"]
+        request.check_text("question", question)
+        request.check_variant(task, self.config.variant)
+        request.check_media(task, image, video, None)
+        resolution = request.resolve_resolution(task, resolution)
+        request.check_count("max_new_tokens", max_new_tokens, 1, MAX_NEW_TOKENS)
+        request.check_count("seed", seed, 0, MAX_SEED)
+        choose = Chooser(temperature, top_p, seed)
+
+        clip = self._sources(task, image, video, None)[0]
+        segment = self.seen_segment(clip, resolution, Role.QUESTION)
+        sequence = prompts.question(self.checkpoint.tokenizer, self._system(task, system_prompt), [segment], question)
+        return self.answer(sequence, max_new_tokens, choose, on_token)
+
+    def answer(self, sequence: Sequence, max_new_tokens: int, choose: Chooser, on_token: Callable[[Piece], None] | None = None) -> Answer:
+        """Write tokens after an understanding sequence until the end token or the limit."""
+        tokenizer, model = self.checkpoint.tokenizer, self.experts(generation=False)
+        self._report("reading the question", 0, 1)
+        context, logits, position = model.read(sequence, self.config.tokens_per_second, max_new_tokens - 1)
+        self._report("reading the question", 1, 1)
+        ids: list[int] = []
+        written = ""
+        while True:
+            logits = logits[: len(tokenizer)]
+            if not bool(torch.isfinite(logits).all()):
+                raise NumericsError(f"token {len(ids) + 1} of the answer: NaN or infinity in the logits{self._blame('und', 'vit')}")
+            token = choose(logits)
+            ids.append(token)
+            self._report("writing", len(ids), max_new_tokens)
+            ended = token == tokenizer.im_end
+            text = tokenizer.decode(ids[:-1] if ended else ids)
+            if on_token is not None:
+                # An unfinished character decodes to U+FFFD for now: hold it back until it is complete or the answer ends.
+                stable = text if ended or len(ids) == max_new_tokens else text.rstrip("\ufffd")
+                piece = Piece(stable[len(written) :])
+                piece.token_id = token
+                written += piece
+                on_token(piece)
+            if ended or len(ids) == max_new_tokens:
+                return Answer(text, ids)
+            logits = model.next_token(context, token, position)
+            position += 1
+
+    # -- pictures in and out ------------------------------------------------------------------------------------
+
+    def visual_segments(self, clip: np.ndarray, resolution: str, role: Role) -> list[Segment]:
+        """A reference's two blocks: as the ViT sees it, then its clean latent. clip: uint8 [T, H, W, 3]."""
+        latent = self.encode_vae(clip, resolution)
+        return [self.seen_segment(clip, resolution, role), Segment(Kind.CLEAN, role, grid=tuple(latent.shape[:3]), data=latent)]
+
+    def seen_segment(self, clip: np.ndarray, resolution: str, role: Role) -> Segment:
+        """The ViT's block of a clip."""
+        vit = self.part("vit")
+        patches, (t, h, w) = preprocess.vit_patches(clip, resolution, self.config.vit)
+        embeds = vit(patches.to(self.device, self.dtype), [(t, h, w)], progress=lambda i, n: self._report("looking", i, n))
+        if not bool(torch.isfinite(embeds).all()):
+            raise NumericsError(f"the ViT gave NaN or infinity{self._blame('vit')}")
+        merge = self.config.vit.spatial_merge_size
+        return Segment(Kind.SEEN, role, grid=(t, h // merge, w // merge), data=embeds)
+
+    def encode_vae(self, clip: np.ndarray, resolution: str) -> Tensor:
+        """Normalised latent, float32 [t, h, w, 48], of a clip uint8 [T, H, W, 3] brought to the preset's size."""
+        pixels = preprocess.vae_pixels(clip, resolution).to(self.device, self.dtype)
+        latent = self.part("vae").encode(pixels, progress=lambda i, n: self._report("encoding", i, n))
+        if not bool(torch.isfinite(latent).all()):
+            raise NumericsError(f"the VAE's encoder gave NaN or infinity{self._blame('vae')}")
+        return normalize_latent(latent.float())[0].permute(1, 2, 3, 0)
+
+    def decode_vae(self, latent: Tensor) -> Tensor:
+        """Frames, float32 [b, T, H, W, 3] in 0..1 on the CPU, of normalised latents [b, t, h, w, 48]; one at a time."""
+        out = []
+        for i, one in enumerate(latent):
+            raw = denormalize_latent(one.permute(3, 0, 1, 2)[None]).to(self.device, self.dtype)
+            done = i * latent.shape[1]
+            pixels = self.part("vae").decode(
+                raw,
+                progress=lambda k, n, done=done: self._report("decoding", done + k * latent.shape[1] // n, latent[..., 0, 0, 0].numel()),
+            )
+            if not bool(torch.isfinite(pixels).all()):
+                raise NumericsError(f"the VAE's decoder gave NaN or infinity{self._blame('vae')}")
+            out.append(((pixels[0].float() + 1) / 2).clamp(0, 1).permute(1, 2, 3, 0).cpu())
+        return torch.stack(out)
+
+    # -- the rest -----------------------------------------------------------------------------------------------
+
+    def _report(self, stage: str, done: int, total: int) -> None:
+        if self.progress is not None:
+            self.progress(stage, done, total)
+
+    def _blame(self, *parts: str) -> str:
+        """Which loaded weight is not finite, for an error message."""
+        for name in parts:
+            bad = name in self._parts and non_finite(self._parts[name])
+            if bad:
+                return f"; the weight {bad} of the {name} part is itself not finite: the checkpoint is damaged, download it again"
+        return ""
+
+
+class Chooser:
+    """Logits -> a token: the likeliest, or a seeded draw at a temperature from the top-p nucleus."""
+
+    def __init__(self, temperature: float, top_p: float, seed: int) -> None:
+        if not 0 <= temperature < float("inf"):
+            raise RequestError(f"temperature is {temperature}, expected 0 (the likeliest token) or more")
+        if not 0 < top_p <= 1:
+            raise RequestError(f"top_p is {top_p}, expected above 0 and at most 1")
+        self.temperature, self.top_p = temperature, top_p
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, logits: Tensor) -> int:
+        if self.temperature == 0:
+            return int(logits.argmax())
+        probabilities = torch.softmax(logits.double().cpu() / self.temperature, dim=-1)
+        ordered, index = probabilities.sort(descending=True, stable=True)
+        ordered[ordered.cumsum(-1) - ordered >= self.top_p] = 0  # the nucleus includes the token that reaches top_p
+        return int(index[torch.multinomial(ordered, 1, generator=self.generator)])
+
+
+def seeded_noise(seed: int, grid: tuple[int, int, int], before: int = 0) -> Tensor:
+    """The target's starting noise [t, h, w, 48], float32 on the CPU.
+
+    One row per latent token of the whole sequence is drawn, `before` of them for references, whose rows are not used.
+    """
+    t, h, w = grid
+    rows = torch.randn((before + t * h * w, LATENT_CHANNELS), generator=torch.Generator().manual_seed(seed))
+    return rows[before:].view(t, h, w, LATENT_CHANNELS)
+
+
+def _unbatched(callback: Callable[[int, int, Tensor], None] | None) -> Callable[[int, int, Tensor], None] | None:
+    """A callback that sees [t, h, w, 48] as results of a single request do."""
+    return None if callback is None else lambda step, total, latent: callback(step, total, latent[0])

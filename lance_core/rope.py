@@ -1,0 +1,77 @@
+"""Three-axis rotary positions with modality offsets, and the cos/sin tables made from them once per pass.
+
+Positions are int64 [3, n] (time, row, column) in a segment's storage order: markers first.
+Source: Qwen2.5-VL's mrope (arXiv 2502.13923, section 2.1.2) and the released Lance inference code's offsets.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .config import LLMConfig
+from .sequence import Kind, Role, Segment, Sequence
+
+SEEN_OFFSET = 1000  # where the time axis of ViT tokens starts
+SUBJECT_OFFSET = 2000  # where the time axis of subject latents starts
+
+
+def _lay_out(segments: tuple[Segment, ...], tokens_per_second: float) -> list[Tensor]:
+    """Positions before any offset: text counts up on all axes, grids span theirs, text goes on after the largest."""
+    position, out = 0, []
+    for segment in segments:
+        if segment.grid is None:
+            out.append(torch.arange(position, position + segment.length).expand(3, -1))
+            position += segment.length
+            continue
+        t, h, w = segment.grid
+        frames = (torch.arange(t) * tokens_per_second).long()
+        grid = torch.stack(torch.meshgrid(frames, torch.arange(h), torch.arange(w), indexing="ij")).flatten(1) + position + 1
+        end = int(grid.max()) + 1
+        out.append(torch.cat([torch.tensor([position, end]).expand(3, -1), grid], dim=1))
+        position = end + 1
+    return out
+
+
+def positions(sequence: Sequence, tokens_per_second: float) -> list[Tensor]:
+    """Positions of every segment, target last; offsets applied when there is a target (understanding has none)."""
+    segments = sequence.segments
+    out = _lay_out(segments, tokens_per_second)
+    if sequence.target is None:
+        return out
+    for offset, wanted in ((SEEN_OFFSET, (Kind.SEEN, None)), (SUBJECT_OFFSET, (Kind.CLEAN, Role.SUBJECT))):
+        chosen = [i for i, s in enumerate(segments) if s.kind is wanted[0] and wanted[1] in (None, s.role)]
+        if chosen:
+            shift = torch.tensor([offset - int(out[chosen[0]][0, 0]), 0, 0])[:, None]
+            for i in chosen:
+                out[i] = out[i] + shift
+    if sequence.source is not None:
+        out[-1] = out[sequence.source]
+    return out
+
+
+def unconditional_positions(sequence: Sequence, tokens_per_second: float) -> list[Tensor]:
+    """Positions of `sequence.without_caption()`: the context keeps its conditional ones, a gap where the caption was;
+    only the target is placed afresh, as if the caption had never been there."""
+    kept = [p for s, p in zip(sequence.segments, positions(sequence, tokens_per_second), strict=True) if s.role is not Role.CAPTION]
+    return [*kept[:-1], positions(sequence.without_caption(), tokens_per_second)[-1]]
+
+
+def tables(position: Tensor, config: LLMConfig, device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:
+    """cos and sin, each float32 [n, head_dim], of positions [3, n].
+
+    The head's frequencies are split among the three axes by `mrope_section` and repeated for both halves.
+    """
+    half = config.head_dim // 2
+    frequencies = 1.0 / config.rope_theta ** (torch.arange(0, half * 2, 2, dtype=torch.float32) / config.head_dim)
+    axis = torch.repeat_interleave(torch.arange(3), torch.tensor(config.mrope_section))
+    angles = position.float()[axis].T * frequencies
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos().to(device), angles.sin().to(device)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate heads x [b, n, heads, width] by cos/sin [b or 1, n, width], half-rotation style, in float32."""
+    first, second = x.float().chunk(2, dim=-1)
+    turned = torch.cat([-second, first], dim=-1)
+    return torch.addcmul(x * cos.unsqueeze(-2), turned, sin.unsqueeze(-2)).to(x.dtype)
