@@ -24,6 +24,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from .config import OUTPUT_FPS
 from .errors import MediaError, RequestError
 from .preprocess import frame_indices, rgb_from_array, rgb_from_image
 
@@ -67,7 +68,7 @@ def read_clip(source: Any, fps: float | None = None, pick: Pick = frame_indices)
     Args:
         source: a path or binary file (video, or moving GIF, WebP, PNG), a list of pictures, an array or tensor
             [T, H, W, C] (see `load_image`), or a pair (array or list, fps).
-        fps: frames per second, overriding the file's; needed for a list or an array.
+        fps: frames per second, overriding the file's; a list or an array without it plays at 12, as results of ours do.
         pick: (frames in all, fps) -> increasing frame numbers.
 
     Returns: picked frames uint8 [n, H, W, 3], frames per second, frames in all.
@@ -129,7 +130,8 @@ def save_video(path: str | Path, frames: Iterable[Any], fps: float, metadata: Ma
     if not (isinstance(fps, Real) and 0 < fps <= 1000):
         raise RequestError(f"fps is {fps!r}; expected a number above 0, at most 1000.")
     text = _to_json(metadata)
-    with _replacing(path) as temporary, av.open(str(temporary), "w", format=kind) as container:
+    options = {} if kind == "matroska" else {"movflags": "+faststart"}  # the index first, so that browsers play while loading
+    with _replacing(path) as temporary, av.open(str(temporary), "w", format=kind, options=options) as container:
         if text is not None:
             container.metadata["comment"] = _wrap(text)
         stream, first = None, None
@@ -244,8 +246,7 @@ def _stack(frames: Iterable[np.ndarray], count: int, name: str) -> np.ndarray:
 
 
 def _read_memory(frames: Any, fps: float | None, pick: Pick) -> tuple[np.ndarray, float, int]:
-    if fps is None:
-        raise MediaError("frames came without their rate; pass fps (frames per second) with them.")
+    fps = OUTPUT_FPS if fps is None else fps
     if isinstance(frames, np.ndarray | Tensor) and frames.ndim != 4:
         raise MediaError(f"an array of shape {list(frames.shape)} came; expected a clip [frames, height, width, 3].")
     picks = _choose(pick, len(frames), fps, "the clip given")
@@ -306,8 +307,12 @@ def _read_video(source: Any, fps: float | None, pick: Pick) -> tuple[np.ndarray,
     with _open_video(source) as container:
         if not container.streams.video:
             raise MediaError(f"{name} has no video stream; expected a clip with pictures.")
-        rate = fps or float(container.streams.video[0].average_rate or 0) or ASSUMED_FPS
-        total = sum(1 for packet in container.demux(video=0) if packet.size and not packet.is_discard)
+        stream = container.streams.video[0]
+        rate = fps or float(stream.average_rate or 0) or ASSUMED_FPS
+        packets = [not packet.is_discard for packet in container.demux(stream) if packet.size]
+        if "mp4" in container.format.name and len(packets) < stream.frames:  # its table lists every frame that was written
+            raise MediaError(f"{name} is cut off after {len(packets)} of {stream.frames} frames; copy or download it again.")
+        total = sum(packets)
     for _ in range(2):
         picks = _choose(pick, total, rate, name)
         frames, seen = _decode(source, picks, total, name)

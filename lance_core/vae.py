@@ -1,8 +1,8 @@
 """Wan2.2's video VAE: pixels to latents and back, streamed over time, tiled over space when asked or out of memory.
 
 Works in the dtype and on the device of what it is given; results are float32 there. Latents here are the VAE's own;
-`normalize_latent` and `denormalize_latent` translate to the unit-variance ones the rest of Lance uses. Loading, devices,
-resizing and 8-bit pixels are elsewhere.
+`normalize_latent` and `denormalize_latent` translate to the unit-variance ones the rest of Lance uses. The layers are in
+vae_blocks.py, what a pass costs in vae_memory.py; loading, devices, resizing and 8-bit pixels are elsewhere.
 """
 
 from __future__ import annotations
@@ -284,24 +284,24 @@ class _Span:
 
     start: int
     stop: int
-    before: int  # where the previous tile stops
-    after: int  # where the next tile starts
+    before: int  # where the previous tile stops; -1: there is none
+    after: int  # where the next tile starts; `stop`, if there is none
 
     def cells(self, scale: int) -> slice:
         return slice(self.start * scale, self.stop * scale)
 
     def weights(self, scale: int) -> Tensor:
-        """[cells * scale], float32: neighbours fade into each other linearly over the middle half of what they share.
+        """[cells * scale], float32: neighbours fade into each other linearly over the middle quarter of what they share.
 
-        In the outer quarters one of them is close to its own border, which the picture does not have; it gets no say there.
+        Further out one of them is close to its own border, which the picture does not have; it gets no say there.
         """
         at = (torch.arange(self.start * scale, self.stop * scale) + 0.5) / scale
         return _rise(at, self.start, self.before) * (1 - _rise(at, self.after, self.stop))
 
 
 def _rise(at: Tensor, start: int, stop: int) -> Tensor:
-    """0 to 1 over the middle half of start..stop; all 1 before the picture's first cell, a plain step where nothing is shared."""
-    middle, width = (start + stop) / 2, (stop - start) / 2
+    """0 to 1 over the middle quarter of start..stop; a plain step where nothing is shared."""
+    middle, width = (start + stop) / 2, (stop - start) / 4
     return ((at - middle) / max(width, 1e-3) + 0.5).clamp(0, 1)
 
 

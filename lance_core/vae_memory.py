@@ -1,15 +1,16 @@
 """How much memory a pass of the VAE needs at its peak, from the configuration alone.
 
-Counted in elements of the compute dtype and never less than what torch allocates (tests measure it), without the weights
-and without the input:
+Counted in elements of the compute dtype, without the weights and without the input:
 
     2 frames of every causal convolution's input, its past (none for a single latent frame: nothing comes after)
     + the most that is alive at once, over all layers: the level's input, held for its shortcut; the block's input;
       the convolution's padded input, twice, because libraries reorder it; its output
     + attention scores, should the library spell them out
+    all that and an eighth, for an allocator's rounding
     + the result, and when tiled the features that go from one stage to the other.
 
-Only the last line grows with the number of frames.
+Only the last line grows with the number of frames. On a CPU torch may unfold a small float32 convolution into a matrix of
+27 times its input; that is not counted.
 """
 
 from __future__ import annotations
@@ -94,10 +95,10 @@ class _Count:
             self.conv(width_out, width_out, t, points, held + (wide + width_out) * t * points)
 
     def middle(self, width: int, points: int, side: int) -> None:
-        """Two residual blocks and an attention over the `side` points of one frame, its scores in float32."""
+        """Two residual blocks and an attention over the `side` points of one frame, its queries and scores in float32."""
         self.blocks(width, width, 2, 1, points, held=width * points)
-        self.peak(10 * width * points)
-        self.scores = 2 * 4 * side * points
+        self.peak(16 * width * points)
+        self.scores = 3 * 4 * side * points
 
     def bytes(self, dtype: torch.dtype) -> int:
-        return (self.remembered + self.alive) * dtype.itemsize + self.scores
+        return ((self.remembered + self.alive) * dtype.itemsize + self.scores) * 9 // 8
