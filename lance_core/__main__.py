@@ -18,8 +18,9 @@ import torch
 from tqdm import tqdm
 
 from . import bench, info, media, tiny
+from .answer import Piece
 from .errors import LanceError, RequestError
-from .pipeline import Generated, Lance, Piece, load
+from .pipeline import Generated, Lance, load
 from .preprocess import PRESETS
 from .request import SIZES, TASKS, Task
 from .sampler import RENORMS
@@ -66,7 +67,13 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m lance_core", description="Lance: understand, generate and edit images and video.")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("-m", "--model", metavar="DIR", help="checkpoint folder; default: models/lance/Lance_3B, or Lance_3B_Video for video")
+    common.add_argument(
+        "-m",
+        "--model",
+        "--checkpoint",
+        metavar="DIR",
+        help="checkpoint folder; default: models/lance/Lance_3B, or Lance_3B_Video for video",
+    )
     common.add_argument("--vit", metavar="FILE", help="vision tower, if it is not inside or beside the checkpoint")
     common.add_argument("--vae", metavar="FILE", help="VAE, if it is not beside the checkpoint")
     common.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
@@ -74,7 +81,9 @@ def parser() -> argparse.ArgumentParser:
     common.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     common.add_argument("-q", "--quiet", action="store_true", help="no progress bars")
     for task in TASKS.values():
-        sub = commands.add_parser(task.name, parents=[common], help=TASK_HELP[task.name], description=TASK_HELP[task.name].capitalize() + ".")
+        sub = commands.add_parser(
+            task.name, parents=[common], help=TASK_HELP[task.name], description=TASK_HELP[task.name].capitalize() + "."
+        )
         sub.add_argument("prompt", help="the question" if task.output == "text" else "what to make or change")
         if task.takes:
             sub.add_argument(task.takes, nargs="+" if task.takes == "references" else None, help=MEDIA_HELP[task.takes])
@@ -100,7 +109,7 @@ def _add_generation_options(sub: argparse.ArgumentParser, task: Task) -> None:
         sub.add_argument("--width", type=int, help=f"pixels, lowered to a multiple of 16; good sizes: {sizes}")
         sub.add_argument("--height", type=int)
     if video and task.takes != "video":
-        sub.add_argument("--frames", type=int, help="lowered to 4k+1, at most 121, 12 a second; default: 49")
+        sub.add_argument("--frames", "--num-frames", type=int, help="lowered to 4k+1, at most 121, 12 a second; default: 49")
     sub.add_argument("--steps", type=int, default=30, help="default: %(default)s")
     sub.add_argument("--shift", type=float, default=3.5, help="default: %(default)s")
     sub.add_argument("--cfg", type=float, default=4.0, help="guidance scale, 1 turns it off; default: %(default)s")
@@ -172,7 +181,20 @@ def _understand(args: argparse.Namespace, task: Task, lance: Lance, bars: Bars) 
 def _generate(args: argparse.Namespace, task: Task, lance: Lance, output: Path) -> dict[str, Any]:
     options = {
         key: getattr(args, key)
-        for key in "width height steps shift cfg cfg_interval renorm renorm_min seed negative_prompt system_prompt resolution".split()
+        for key in [
+            "width",
+            "height",
+            "steps",
+            "shift",
+            "cfg",
+            "cfg_interval",
+            "renorm",
+            "renorm_min",
+            "seed",
+            "negative_prompt",
+            "system_prompt",
+            "resolution",
+        ]
         if hasattr(args, key)
     }
     options |= {"batch_size": args.batch, "num_frames": getattr(args, "frames", None)}

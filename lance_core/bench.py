@@ -11,8 +11,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
-import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,24 +22,26 @@ from torch import Tensor
 from . import bench_cost as cost
 from . import request
 from .bench_baseline import Baseline
+from .bench_case import Case, case_of, noise
+from .bench_report import report
 from .bench_tools import Meter, cut_layers, device_of, free_memory, machine, materialise, rates
 from .checkpoint import Checkpoint, Progress
-from .config import CELL, LATENT_CHANNELS, RELEASED_LLM, RELEASED_VAE, RELEASED_VIT, LanceConfig, LLMConfig
+from .config import LATENT_CHANNELS, RELEASED_LLM, RELEASED_VAE, RELEASED_VIT, LanceConfig, LLMConfig
 from .errors import RequestError
-from .model import DualExpert, Generation, Plan, Understanding
+from .model import DualExpert, Generation, Plan, Prepared, Understanding
 from .pipeline import Lance
 from .sampler import Guidance, schedule
-from .sequence import Kind, Role, Segment, Sequence
+from .sequence import Sequence
 from .vae import WanVAE
 from .vit import VisionTower
+
+__all__ = ["add_arguments", "report", "run"]
 
 FORMAT = 1  # of the JSON
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 MEASURES = ("step", "prefill", "token", "vit", "encode", "decode")
 DECODER = ("step", "prefill", "token")
 STEPS = 30  # of the released schedule
-OPENING, CLOSING = 40, 6  # tokens of a prompt's template before the caption and after it, about
-SEEN_SIDE = {False: 7 / 8, True: 0.9625}  # side of what the ViT sees to what the VAE sees, of an image and of a video preset
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,25 +60,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--skip", nargs="+", default=[], metavar="WHAT", help=f"leave out some of {', '.join(MEASURES)}")
     parser.add_argument("--baseline", action="store_true", help="also time the released code's procedure, for the ratio")
     parser.add_argument("--output", metavar="FILE", help="write the result as JSON too")
-
-
-@dataclass(frozen=True)
-class Case:
-    """One request to measure. grid: latent cells (t, h, w); seen: the ViT's patches (t, h, w)."""
-
-    width: int
-    height: int
-    frames: int
-    batch: int
-    guidance: bool
-    edit: bool
-    context: int
-    grid: tuple[int, int, int]
-    seen: tuple[int, int, int]
-
-    @property
-    def label(self) -> str:
-        return f"{self.width}x{self.height}" + (f", {self.frames} frames" if self.frames > 1 else "")
 
 
 def run(args: argparse.Namespace, progress: Progress | None = None) -> dict[str, Any]:
@@ -105,11 +86,12 @@ def run(args: argparse.Namespace, progress: Progress | None = None) -> dict[str,
     request.check_count("repeat", args.repeat, 1, 10_000)
     config = _config(args.model)
     wanted = [m for m in MEASURES if m not in args.skip and getattr(config, {"vit": "vit", "encode": "vae", "decode": "vae"}.get(m, "llm"))]
-    cases = [_case(args, config, size, frames) for size in args.size for frames in args.frames]
+    cases = [case_of(args, config, size, frames) for size in args.size for frames in args.frames]
     with torch.inference_mode():
         bench = _Bench(config, device, dtype, wanted, args.repeat, args.baseline, progress)
         result = bench.run(cases, args.layers)
     result["model"] = {"name": args.model} | result["model"]
+    result = json.loads(json.dumps(result))  # as a reader of the file will find it: lists, no tuples
     if args.output:
         try:
             Path(args.output).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -122,22 +104,6 @@ def _config(name: str) -> LanceConfig:
     if name == "released":
         return LanceConfig(RELEASED_LLM, RELEASED_VIT, RELEASED_VAE, "video")
     return Checkpoint(name).config
-
-
-def _case(args: argparse.Namespace, config: LanceConfig, size: str, frames: int) -> Case:
-    sides = size.lower().split("x")
-    if len(sides) != 2 or not all(s.isascii() and s.isdecimal() for s in sides):
-        raise RequestError(f"size {size!r} is not WIDTHxHEIGHT in pixels, such as 768x768")
-    width, height = request.check_size(*map(int, sides))
-    frames = request.resolve_frames(frames)
-    request.check_count("batch", args.batch, 1, 64)
-    request.check_count("context", args.context, 1, 1 << 20)
-    patch, merge = (config.vit.patch_size, config.vit.spatial_merge_size) if config.vit else (14, 2)
-    unit = patch * merge
-    h, w = (max(1, int(side * SEEN_SIDE[frames > 1]) // unit) * merge for side in (height, width))
-    pairs = -(-frames // (config.vit.temporal_patch_size if config.vit else 2))
-    grid = (1 + (frames - 1) // 4, height // CELL, width // CELL)
-    return Case(width, height, frames, args.batch, args.guidance, args.edit, args.context, grid, (pairs, h, w))
 
 
 class _Engine(Lance):
@@ -182,7 +148,9 @@ class _Bench:
             names = {"vit": ("vit",), "vae": ("encode", "decode")}[part]
             if not set(names) & set(self.wanted):
                 continue
-            tower = materialise({"vit": VisionTower, "vae": WanVAE}[part](getattr(self.config, part), device="meta"), self.device, self.dtype)
+            tower = materialise(
+                {"vit": VisionTower, "vae": WanVAE}[part](getattr(self.config, part), device="meta"), self.device, self.dtype
+            )
             for case, measures in zip(cases, found, strict=True):
                 measures |= {name: self._picture(name, case, tower, meter, speed) for name in names if name in self.wanted}
             del tower
@@ -212,10 +180,13 @@ class _Bench:
         tokens = 4 * rows  # of contexts: the target, a clean latent and a ViT block of its size, the baseline's copies
         each = size * (2 * cost.layer_weights(llm) + tokens * 2 * llm.num_kv_heads * llm.head_dim)
         free = free_memory(self.device)
-        count = int((0.9 * free - 2 * llm.vocab_size * llm.hidden_size * size - work) // each)
+        room = (0.9 * free - 2 * llm.vocab_size * llm.hidden_size * size - work) / each
+        count = int(min(room, llm.num_layers))
         if count < 1:
-            raise RequestError(f"{free / 2**30:.1f} GiB are free on {self.device}, too few for one layer; ask for smaller sizes or a batch of 1")
-        return min(count, llm.num_layers), f"{free / 2**30:.1f} GiB free hold {count} layers of {llm.num_layers}"
+            raise RequestError(
+                f"{free / 2**30:.1f} GiB are free on {self.device}, too few for one layer; ask for smaller sizes or a batch of 1"
+            )
+        return count, f"{free / 2**30:.1f} GiB free hold {count} layers of {llm.num_layers}"
 
     def _decoder(self, layers: int, edit: bool) -> DualExpert:
         llm = replace(self.config.llm, num_layers=layers)
@@ -227,33 +198,11 @@ class _Bench:
         self._report("making random weights", 2, 2)
         return DualExpert(llm, und, gen, dtype=self.dtype, device=self.device)
 
-    def _text(self, count: int, role: Role = Role.TEMPLATE) -> Segment:
-        ids = torch.randint(self.config.llm.vocab_size, (count,), generator=torch.Generator().manual_seed(count))
-        return Segment(Kind.TEXT, role, tuple(ids.tolist()))
-
-    def _seen(self, case: Case, role: Role) -> Segment:
-        t, h, w = case.seen
-        merge = self.config.vit.spatial_merge_size if self.config.vit else 2
-        grid = (t, h // merge, w // merge)
-        return Segment(Kind.SEEN, role, grid=grid, data=_noise(grid[0] * grid[1] * grid[2], self.config.llm.hidden_size))
-
-    def _sequence(self, case: Case) -> Sequence:
-        """A generation request."""
-        visual = []
-        if case.edit:
-            visual = [self._seen(case, Role.SOURCE), Segment(Kind.CLEAN, Role.SOURCE, grid=case.grid, data=_noise(*case.grid, LATENT_CHANNELS))]
-        context = (self._text(OPENING), *visual, self._text(case.context, Role.CAPTION), self._text(CLOSING))
-        return Sequence(context, Segment(Kind.TARGET, Role.TARGET, grid=case.grid), 0, 1, 2)
-
-    def _question(self, case: Case) -> Sequence:
-        context = (self._text(OPENING), self._seen(case, Role.QUESTION), self._text(case.context), self._text(CLOSING))
-        return Sequence(context, None, 0, 1, 2)
-
     # -- measuring ----------------------------------------------------------------------------------------------
 
     def _decoder_measures(self, case: Case, model: DualExpert, meter: Meter, speed: dict[str, Any]) -> dict[str, Any]:
         llm, rate = model.config, self.config.tokens_per_second
-        sequence = self._sequence(case)
+        sequence = case.sequence(self.config)
         plan = Plan.of(sequence, rate, case.guidance)
         shared, rests = plan.lengths
         contexts = [shared + n for n in rests]
@@ -273,7 +222,7 @@ class _Bench:
         if "prefill" in self.wanted:
             measure(
                 "prefill_edit" if case.edit else "prefill_text",
-                lambda v: lambda: v.prefill(sequence, plan),
+                lambda v: lambda: _prefill(v, sequence, plan),
                 lambda c: cost.prefill(c, plan, self.dtype.itemsize),
             )
         if "step" in self.wanted:
@@ -287,7 +236,7 @@ class _Bench:
                     meter.chunk,
                 )
         if "token" in self.wanted:
-            question = self._question(case)
+            question = case.question(self.config)
             length = sum(s.length for s in question.context)
             room = meter.calls * meter.chunk
             measure(
@@ -300,9 +249,9 @@ class _Bench:
 
     def _steps(self, version: Any, sequence: Sequence, plan: Plan, case: Case, guided: bool, count: int) -> Callable[[], Tensor]:
         """`count` denoising steps, guidance, renorm and solver included."""
-        x = _noise(case.batch, *case.grid, LATENT_CHANNELS).to(self.device)
+        x = noise(case.batch, *case.grid, LATENT_CHANNELS).to(self.device)
         times, guidance = schedule(STEPS)[: count + 1], Guidance() if guided else Guidance(1.0)
-        prepared = version.prefill(sequence, plan)
+        prepared = _prefill(version, sequence, plan)
         if isinstance(version, Baseline):
             return lambda: version.denoise(prepared, sequence, x, times, guidance)
         engine = _Engine(version)
@@ -332,12 +281,12 @@ class _Bench:
         t, h, w = case.grid
         if name == "vit":
             c, count = self.config.vit, case.seen[0] * case.seen[1] * case.seen[2]
-            x = _noise(count, c.in_channels * c.temporal_patch_size * c.patch_size**2).to(self.device, self.dtype)
+            x = noise(count, c.in_channels * c.temporal_patch_size * c.patch_size**2).to(self.device, self.dtype)
             price, call = cost.vit(c, case.seen, self.dtype.itemsize), lambda: model(x, [case.seen])
         else:
             decode = name == "decode"
             shape = (1, LATENT_CHANNELS, t, h, w) if decode else (1, 3, case.frames, case.height, case.width)
-            x = _noise(*shape).to(self.device, self.dtype)
+            x = noise(*shape).to(self.device, self.dtype)
             price = cost.vae(self.config.vae, case.grid, decode, self.dtype.itemsize)
             call = (lambda: model.decode(x)) if decode else (lambda: model.encode(x.clamp(-1, 1)))
         entry = self._entry(meter({"ours": lambda: call})["ours"], price, speed)
@@ -355,7 +304,8 @@ class _Bench:
         entry = self._entry(timed["ours"], price(llm), speed)
         full = self.config.llm
         if "baseline" in timed:
-            entry["baseline"] = timed["baseline"] | {"ratio": timed["baseline"]["seconds"] / entry["seconds"]}
+            slow = timed["baseline"]
+            entry["baseline"] = slow | {key: slow[of] / entry[of] for key, of in (("ratio", "seconds"), ("ratio_of_fastest", "fastest"))}
         if "no_layers" in timed:
             fixed = timed["no_layers"]["seconds"]
             scale = full.num_layers / llm.num_layers
@@ -391,8 +341,8 @@ class _Bench:
             self.progress(what, done, total)
 
 
-def _noise(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+def _prefill(version: DualExpert | Baseline, sequence: Sequence, plan: Plan) -> Any:
+    return version.prefill(sequence, plan) if isinstance(version, Baseline) else version.fill(Prepared(sequence, plan))
 
 
 def _against(price: cost.Cost, seconds: float, speed: dict[str, Any]) -> dict[str, Any]:

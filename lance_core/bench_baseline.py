@@ -89,7 +89,7 @@ class Baseline:
     def _visual(self, sequence: Sequence, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """A latent block in reading order [n, hidden] and the places of its latent tokens."""
         model, grid = self.model, tuple(x.shape[1:4])
-        table = latent_positions(grid, self.config.hidden_size).to(model.device)
+        table = latent_positions(grid, self.config.hidden_size).to(model.device, model.dtype)
         latents = model.gen.embed_latents(x, t, table, model.dtype)[0]
         where = torch.arange(1, len(latents) + 1, device=model.device)
         tokens = latents.new_zeros(len(latents) + MARKERS, latents.shape[-1])

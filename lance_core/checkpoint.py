@@ -212,10 +212,12 @@ class Checkpoint:
     ) -> nn.Module:
         """The part's module with its weights in `dtype` on `device`."""
         module = self.build(part, ops).eval().requires_grad_(False)
-        total = len(self.parts[part].tensors)
-        for done, (name, tensor) in enumerate(self.tensors(part), 1):
+        done, total = 0, len(self.parts[part].tensors)
+        for name, tensor in self.tensors(part):  # not enumerate, which keeps its last pair: the tensor must be gone by then
             owner, _, leaf = name.rpartition(".")
             setattr(module.get_submodule(owner), leaf, nn.Parameter(_owned(tensor, device, dtype), requires_grad=False))
+            del tensor
+            done += 1
             if progress is not None:
                 progress(f"loading {part}", done, total)
         return module
@@ -223,7 +225,7 @@ class Checkpoint:
 
 def _owned(tensor: Tensor, device: torch.device | str, dtype: torch.dtype) -> Tensor:
     """The tensor on `device` in `dtype`, never sharing memory with the file it came from."""
-    return tensor.to(device=device, dtype=dtype, copy=not (tensor.dtype == dtype and tensor._base is None))
+    return tensor.to(device=device, dtype=dtype, copy=True)
 
 
 def non_finite(module: nn.Module) -> str | None:

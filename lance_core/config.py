@@ -231,10 +231,12 @@ def shape(shapes: Shapes, key: str, where: str, dims: int) -> tuple[int, ...]:
 
 
 def matrix(shapes: Shapes, key: str, where: str) -> tuple[int, ...]:
+    """(rows, columns) of a tensor of two dimensions."""
     return shape(shapes, key, where, 2)
 
 
 def vector(shapes: Shapes, key: str, where: str) -> int:
+    """Length of a tensor of one dimension."""
     return shape(shapes, key, where, 1)[0]
 
 

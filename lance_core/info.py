@@ -58,7 +58,9 @@ def report(described: dict[str, Any]) -> str:
         lines.append(f"  {name:<9} {NAMES[name]}: {_count(part['parameters'])} parameters, {'/'.join(part['dtypes'])}, {where}")
     lines += [f"  missing   {name}: pictures cannot be read or made without it" for name in described["missing"]]
     need = described["weights_bytes_bf16"]
-    lines.append(f"  needs     in bfloat16 {_size(need['generate'])} of weights to generate, {_size(need['understand'])} to answer questions")
+    lines.append(
+        f"  needs     in bfloat16 {_size(need['generate'])} of weights to generate, {_size(need['understand'])} to answer questions"
+    )
     return "\n".join(lines)
 
 

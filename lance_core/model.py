@@ -7,7 +7,7 @@ checkpoint's names (less the `_moe_gen` that tells the experts apart) and never 
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -62,10 +62,10 @@ class Generation(nn.Module):
     def embed_latents(self, x: Tensor, t: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
         """x [b, frames, h, w, 48] at timesteps t [b, frames] (0..1) -> [b, frames*h*w, hidden].
 
-        table: [frames*h*w, hidden], from `latent_positions`.
+        table: [frames*h*w, hidden] in dtype, from `latent_positions`.
         """
         time = self.time_embedder(t.float(), dtype)[:, :, None, None]
-        return (self.vae2llm(x.to(dtype)) + time).flatten(1, 3) + table.to(dtype)
+        return (self.vae2llm(x.to(dtype)) + time).flatten(1, 3) + table
 
 
 def time_sinusoids(t: Tensor) -> Tensor:
@@ -97,32 +97,11 @@ def latent_positions(grid: tuple[int, int, int], hidden: int) -> Tensor:
 
 
 @dataclass(eq=False)
-class Prepared:
-    """A prompt ready for denoising: its context and what every step of its target needs.
-
-    rope: per branch (conditional, then unconditional if wanted) cos and sin [1, tokens, width].
-    markers: embeddings of the target's two marker tokens [1, 2, hidden].
-    table: latent position table [tokens, hidden].
-    """
-
-    context: Context
-    grid: tuple[int, int, int]
-    rope: list[tuple[Tensor, Tensor]]
-    markers: Tensor
-    table: Tensor
-
-
-@dataclass(eq=False)
-class Branch:
-    """One side of a prepared prompt, 0 conditional or 1 unconditional: what one row of a velocity call runs against."""
-
-    prepared: Prepared
-    index: int
-
-
-@dataclass(eq=False)
 class Plan:
-    """Which segments run against which cached prefix, with their positions: the two branches of a guided request."""
+    """Which segments run against which cached prefix, with their positions: the two branches of a guided request.
+
+    prefix: segments both branches share; rests: each branch's own; targets: positions of each branch's target block.
+    """
 
     prefix: list[tuple[Segment, Tensor]]
     rests: list[list[tuple[Segment, Tensor]]]
@@ -147,6 +126,32 @@ class Plan:
         """Tokens of the prefix and of each rest."""
         count = [sum(s.length for s, _ in part) for part in (self.prefix, *self.rests)]
         return count[0], tuple(count[1:])
+
+
+@dataclass(eq=False)
+class Prepared:
+    """A generation request on its way to denoising. Cheap until `DualExpert.fill` computes its context.
+
+    rope: per branch (conditional, then unconditional if wanted) cos and sin [1, tokens, width].
+    markers: embeddings of the target's two marker tokens [1, 2, hidden].
+    table: latent position table [tokens, hidden].
+    """
+
+    sequence: Sequence
+    plan: Plan
+    context: Context | None = None
+    rope: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    markers: Tensor | None = None
+    table: Tensor | None = None
+    ready: set[int] = field(default_factory=set)
+
+
+@dataclass(eq=False)
+class Branch:
+    """One side of a prepared prompt, 0 conditional or 1 unconditional: what one row of a velocity call runs against."""
+
+    prepared: Prepared
+    index: int
 
 
 class DualExpert:
@@ -190,7 +195,7 @@ class DualExpert:
                 if self.gen is None:
                     raise RequestError("this request has latents in it, and only the understanding expert is loaded: load both experts")
                 latent = first.data.to(self.device)[None]
-                table = latent_positions(first.grid, self.config.hidden_size).to(self.device)
+                table = latent_positions(first.grid, self.config.hidden_size).to(self.device, self.dtype)
                 clean = torch.zeros(1, first.grid[0], device=self.device)
                 und, gen = markers, self.gen.embed_latents(latent, clean, table, self.dtype)
             with context.extend(branch, position.shape[1], first.kind is Kind.TEXT, self.attention) as attend:
@@ -209,16 +214,24 @@ class DualExpert:
         )
 
     def prefill(self, sequence: Sequence, plan: Plan) -> Prepared:
-        """Compute the context of a generation request: the shared prefix once, then each branch's rest."""
-        prefix, rests = plan.lengths
-        context = self.new_context(prefix, rests, sequence.target.length)
-        markers = self.markers(sequence)
-        self.extend(context, None, plan.prefix, markers)
-        for index, rest in enumerate(plan.rests):
-            self.extend(context, index, rest, markers)
-        grid = sequence.target.grid
-        ropes = [tuple(t[None] for t in rope.tables(p, self.config, self.device)) for p in plan.targets]
-        return Prepared(context, grid, ropes, markers, latent_positions(grid, self.config.hidden_size).to(self.device))
+        """A generation request with all its branches' contexts computed."""
+        return self.fill(Prepared(sequence, plan))
+
+    def fill(self, prepared: Prepared, *branches: int) -> Prepared:
+        """Compute the context of a request's branches (all without naming any): the shared prefix once, then each one's rest."""
+        plan, sequence = prepared.plan, prepared.sequence
+        if prepared.context is None:
+            prefix, rests = plan.lengths
+            context, markers = self.new_context(prefix, rests, sequence.target.length), self.markers(sequence)
+            self.extend(context, None, plan.prefix, markers)
+            prepared.rope = [tuple(t[None] for t in rope.tables(p, self.config, self.device)) for p in plan.targets]
+            prepared.table = latent_positions(sequence.target.grid, self.config.hidden_size).to(self.device, self.dtype)
+            prepared.context, prepared.markers = context, markers
+        for index in branches or range(len(plan.rests)):
+            if index not in prepared.ready:
+                self.extend(prepared.context, index, plan.rests[index], prepared.markers)
+                prepared.ready.add(index)
+        return prepared
 
     # -- denoising ----------------------------------------------------------------------------------------------
 

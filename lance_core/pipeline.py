@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import media, preprocess, prompts, request
+from .answer import Chooser, Piece, write
 from .checkpoint import Checkpoint, Progress, non_finite
 from .config import LATENT_CHANNELS, OUTPUT_FPS, LanceConfig
 from .errors import NumericsError, RequestError
@@ -22,7 +23,6 @@ from .sequence import Kind, Role, Segment, Sequence
 from .vae import denormalize_latent, normalize_latent
 
 MAX_BATCH = 64
-MAX_NEW_TOKENS = 4096
 MAX_SEED = 2**64 - 1
 
 
@@ -46,12 +46,6 @@ class Answer:
 
     text: str
     token_ids: list[int]
-
-
-class Piece(str):
-    """Newly completed text of an answer, given to `on_token`; empty while a character's bytes are still coming."""
-
-    token_id: int
 
 
 def load(
@@ -316,7 +310,7 @@ class Lance:
         request.check_variant(task, self.config.variant)
         request.check_media(task, image, video, None)
         resolution = request.resolve_resolution(task, resolution)
-        request.check_count("max_new_tokens", max_new_tokens, 1, MAX_NEW_TOKENS)
+        request.check_count("max_new_tokens", max_new_tokens, 1, request.MAX_NEW_TOKENS)
         request.check_count("seed", seed, 0, MAX_SEED)
         choose = Chooser(temperature, top_p, seed)
 
@@ -327,32 +321,21 @@ class Lance:
 
     def answer(self, sequence: Sequence, max_new_tokens: int, choose: Chooser, on_token: Callable[[Piece], None] | None = None) -> Answer:
         """Write tokens after an understanding sequence until the end token or the limit."""
-        tokenizer, model = self.checkpoint.tokenizer, self.experts(generation=False)
-        self._report("reading the question", 0, 1)
-        context, logits, position = model.read(sequence, self.config.tokens_per_second, max_new_tokens - 1)
-        self._report("reading the question", 1, 1)
-        ids: list[int] = []
-        written = ""
-        while True:
-            logits = logits[: len(tokenizer)]
-            if not bool(torch.isfinite(logits).all()):
-                raise NumericsError(f"token {len(ids) + 1} of the answer: NaN or infinity in the logits{self._blame('und', 'vit')}")
-            token = choose(logits)
-            ids.append(token)
-            self._report("writing", len(ids), max_new_tokens)
-            ended = token == tokenizer.im_end
-            text = tokenizer.decode(ids[:-1] if ended else ids)
+        count = 0
+
+        def show(piece: Piece) -> None:
+            nonlocal count
+            count += 1
+            self._report("writing", count, max_new_tokens)
             if on_token is not None:
-                # An unfinished character decodes to U+FFFD for now: hold it back until it is complete or the answer ends.
-                stable = text if ended or len(ids) == max_new_tokens else text.rstrip("\ufffd")
-                piece = Piece(stable[len(written) :])
-                piece.token_id = token
-                written += piece
                 on_token(piece)
-            if ended or len(ids) == max_new_tokens:
-                return Answer(text, ids)
-            logits = model.next_token(context, token, position)
-            position += 1
+
+        model, rate = self.experts(generation=False), self.config.tokens_per_second
+        self._report("writing", 0, max_new_tokens)
+        try:
+            return Answer(*write(model, self.checkpoint.tokenizer, sequence, rate, max_new_tokens, choose, show))
+        except NumericsError as error:
+            raise NumericsError(f"{error}{self._blame('und', 'vit')}") from None
 
     # -- pictures in and out ------------------------------------------------------------------------------------
 
@@ -407,26 +390,6 @@ class Lance:
             if bad:
                 return f"; the weight {bad} of the {name} part is itself not finite: the checkpoint is damaged, download it again"
         return ""
-
-
-class Chooser:
-    """Logits -> a token: the likeliest, or a seeded draw at a temperature from the top-p nucleus."""
-
-    def __init__(self, temperature: float, top_p: float, seed: int) -> None:
-        if not 0 <= temperature < float("inf"):
-            raise RequestError(f"temperature is {temperature}, expected 0 (the likeliest token) or more")
-        if not 0 < top_p <= 1:
-            raise RequestError(f"top_p is {top_p}, expected above 0 and at most 1")
-        self.temperature, self.top_p = temperature, top_p
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def __call__(self, logits: Tensor) -> int:
-        if self.temperature == 0:
-            return int(logits.argmax())
-        probabilities = torch.softmax(logits.double().cpu() / self.temperature, dim=-1)
-        ordered, index = probabilities.sort(descending=True, stable=True)
-        ordered[ordered.cumsum(-1) - ordered >= self.top_p] = 0  # the nucleus includes the token that reaches top_p
-        return int(index[torch.multinomial(ordered, 1, generator=self.generator)])
 
 
 def seeded_noise(seed: int, grid: tuple[int, int, int], before: int = 0) -> Tensor:

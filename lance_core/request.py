@@ -16,6 +16,7 @@ from .errors import RequestError
 from .preprocess import PRESETS, bucket, sides
 from .prompts import SYSTEM_PROMPTS
 
+MAX_NEW_TOKENS = 4096
 DEFAULT_FRAMES = 50  # of the released command line; lowered to 49
 
 

@@ -20,10 +20,22 @@ from .model import Generation, Understanding
 from .vae import WanVAE
 from .vit import VisionTower
 
-ADDED = (
-    "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> <|quad_start|> "
-    "<|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>"
-).split()
+ADDED = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|object_ref_start|>",
+    "<|object_ref_end|>",
+    "<|box_start|>",
+    "<|box_end|>",
+    "<|quad_start|>",
+    "<|quad_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+]
 LLM = LLMConfig(64, 160, 3, 4, 2, 16, 288, 1e6, (2, 3, 3), 1e-6)
 VIT = ViTConfig(3, 32, 68, 2, 64, fullatt_block_indexes=(1,))
 VAE = VAEConfig((8, 16, 32, 32), (8, 16, 32, 32), 2, 2, (False, True, True))

@@ -221,6 +221,7 @@ def middle(width: int, ops, **place) -> nn.ModuleList:
 
 
 def head(width: int, channels: int, ops, **place) -> nn.ModuleDict:
+    """The last norm and convolution of either side."""
     conv = ops.Conv3d(width, channels, 3, padding=(0, 1, 1), **place)
     return nn.ModuleDict({"0": ChannelNorm(width, 3, **place), "2": conv})
 

@@ -137,6 +137,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """One layer: attention inside windows, or inside whole frames if `full`, and the feed-forward."""
+
     def __init__(self, config: ViTConfig, full: bool, ops: Any, attention: Attention, device: Any, dtype: Any) -> None:
         super().__init__()
         self.full = full

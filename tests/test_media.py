@@ -229,11 +229,11 @@ def test_bomb_is_a_media_error(tmp_path, monkeypatch):
         monkeypatch.setattr(media, "MAX_PIXELS", 100_000_000)
         with pytest.raises(MediaError, match="20000x9500.*scale it down"):
             media.load_image(tmp_path / "big.png")
-    assert Image.MAX_IMAGE_PIXELS == theirs
+    assert theirs == Image.MAX_IMAGE_PIXELS
     (tmp_path / "bad.png").write_bytes(b"bad")
     with pytest.raises(MediaError):
         media.load_image(tmp_path / "bad.png")
-    assert Image.MAX_IMAGE_PIXELS == theirs
+    assert theirs == Image.MAX_IMAGE_PIXELS
 
 
 # Clips

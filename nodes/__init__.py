@@ -1,0 +1,35 @@
+"""The ComfyUI half of the pack: the only place that imports comfy. Thin; the model is lance_core's."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from . import loader
+from .nodes_latent import EmptyLanceLatent, LanceImageToVideoLatent, LanceVAEDecode
+from .nodes_model import LanceLoader, LanceTextEncode, LanceVisionEncode
+from .nodes_sample import LanceGuider, LanceNoise, LanceSampler, LanceScheduler
+from .nodes_text import LanceUnderstand
+
+NODES = [
+    LanceLoader,
+    LanceVisionEncode,
+    LanceTextEncode,
+    EmptyLanceLatent,
+    LanceImageToVideoLatent,
+    LanceSampler,
+    LanceScheduler,
+    LanceGuider,
+    LanceNoise,
+    LanceVAEDecode,
+    LanceUnderstand,
+]
+
+
+class LanceExtension(ComfyExtension):
+    """What ComfyUI asks for the nodes."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return NODES
+
+
+loader.register_folder()

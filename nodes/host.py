@@ -1,0 +1,108 @@
+"""Everything that differs between ComfyUI versions, and the host's services the nodes use: one adapter file.
+
+Written for 0.3.60 to 0.38. Feature-tested, never version-tested.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import comfy.model_management as mm
+import comfy.model_patcher
+import comfy.ops
+import comfy.utils
+import torch
+from comfy.ldm.modules.attention import optimized_attention
+from torch import Tensor, nn
+
+FLOAT_DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+def patcher_class() -> type:
+    """The ModelPatcher this host constructs itself: newer ones choose a dynamic one at start."""
+    return getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
+
+
+def make_patcher(model: nn.Module, cls: type | None = None, load_device: Any = None, offload_device: Any = None) -> Any:
+    """A patcher over a module that has no weights yet (see `fill`); by default on the devices for diffusion models."""
+    archive = getattr(comfy.model_patcher, "archive_model_dtypes", None) or getattr(comfy.ops, "archive_model_dtypes", None)
+    if archive is not None:
+        archive(model)
+    load_device, offload_device = load_device or mm.get_torch_device(), offload_device or mm.unet_offload_device()
+    # A size of 1 keeps older patchers from measuring the module before it has weights; `fill` sets the real one.
+    return (cls or patcher_class())(model, load_device=load_device, offload_device=offload_device, size=1)
+
+
+def fill(patcher: Any, module: nn.Module, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, total: int) -> None:
+    """Stream weights into a patcher's module, tensor by tensor in their final dtype, without a second copy."""
+    bar = comfy.utils.ProgressBar(total)
+    state, size = {}, 0
+    for name, tensor in tensors:
+        mm.throw_exception_if_processing_interrupted()
+        state[name] = tensor.to(dtype, copy=tensor.dtype == dtype and tensor._base is not None)
+        size += state[name].nbytes
+        bar.update(1)
+    module.load_state_dict(state, strict=True, assign=True)
+    module.requires_grad_(False)
+    patcher.size = size
+    patcher.model.device = patcher.offload_device
+
+
+def weight_dtypes(choice: str, parameters: int) -> tuple[torch.dtype, torch.dtype]:
+    """(dtype the weights are kept in, dtype the computation runs in) for a choice of the loader, as stock loaders decide."""
+    wanted = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8_e4m3fn": torch.float8_e4m3fn}.get(choice)
+    stored = wanted or mm.unet_dtype(model_params=parameters, supported_dtypes=FLOAT_DTYPES, weight_dtype=torch.bfloat16)
+    return stored, mm.unet_manual_cast(stored, mm.get_torch_device(), FLOAT_DTYPES) or stored
+
+
+def operations(stored: torch.dtype, compute: torch.dtype) -> Any:
+    """The host's layer classes for weights kept in one dtype and used in another."""
+    return comfy.ops.pick_operations(stored, None if stored == compute else compute, load_device=mm.get_torch_device())
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
+    """`lance_core.ops.attention` by the host's own attention, so that the user's choice of backend holds.
+
+    Query heads that share a key head are laid one after the other along the queries, so keys are never expanded and any
+    backend will do. The user's interrupt is looked at here, once a layer.
+    """
+    if not torch.compiler.is_compiling():
+        mm.throw_exception_if_processing_interrupted()
+    b, n, heads, width = q.shape
+    groups = k.shape[2]
+    q = q.view(b, n, groups, heads // groups, width).permute(0, 2, 3, 1, 4).reshape(b, groups, -1, width)
+    k, v = k.transpose(1, 2), v.transpose(1, 2)
+    mask = None
+    if causal and n > 1:
+        keys = k.shape[2]
+        # Added, not boolean: not every backend of the host knows the latter.
+        mask = torch.full((n, keys), torch.finfo(q.dtype).min, dtype=q.dtype, device=q.device).triu(keys - n + 1)
+        mask = mask.repeat(heads // groups, 1)
+    out = optimized_attention(q, k, v, groups, mask=mask, skip_reshape=True, skip_output_reshape=True)
+    return out.view(b, groups, heads // groups, n, width).permute(0, 3, 1, 2, 4).reshape(b, n, heads, width)
+
+
+def progress(total: int | None = None) -> Callable[[int, int], None]:
+    """A (done, total) callback that moves the running node's progress bar and obeys interrupts."""
+    bar = comfy.utils.ProgressBar(total or 1)
+
+    def update(done: int, total: int) -> None:
+        mm.throw_exception_if_processing_interrupted()
+        bar.update_absolute(done, total)
+
+    return update
+
+
+def show_text(text: str, node_id: str | None) -> None:
+    """Write text onto a node while it runs. Some frontends render it as HTML, so what could open a tag is replaced."""
+    from server import PromptServer
+
+    server = getattr(PromptServer, "instance", None)
+    if server is not None and node_id is not None and hasattr(server, "send_progress_text"):
+        server.send_progress_text(text.replace("<", "\u2039").replace("&", "\uff06"), node_id)
+
+
+def has_wrapper(patcher: Any, kind: str, key: str) -> bool:
+    """Whether some node has put a wrapper of this kind and key on the model."""
+    return bool(patcher is not None and patcher.get_wrappers(kind, key))

@@ -1,0 +1,221 @@
+"""Lance as a native MODEL: a BaseModel over the generation expert in the Wan2.2 latent format, with the understanding
+expert beside it as an additional model. Thin: the mathematics is lance_core's.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import comfy.conds
+import comfy.latent_formats
+import comfy.model_base
+import comfy.model_management as mm
+import comfy.patcher_extension as px
+import comfy.supported_models_base
+import comfy.utils
+import torch
+from torch import Tensor
+
+from ..lance_core.config import LLMConfig
+from ..lance_core.model import DualExpert, Generation
+from . import host
+from .conditioning import Rows, RowsCond, Store, prompt_of
+
+UND = "lance_und"
+UND_PREFIX = "diffusion_model.understanding."  # how LoRAs name the other expert's layers
+
+
+class LanceConfig(comfy.supported_models_base.BASE):
+    """What ComfyUI wants to know of a model family."""
+
+    unet_extra_config = {}  # noqa: RUF012
+    latent_format = comfy.latent_formats.Wan22
+    sampling_settings = {"shift": 3.5}  # noqa: RUF012
+    supported_inference_dtypes = host.FLOAT_DTYPES
+
+
+class Denoiser(Generation):
+    """The generation expert with the forward ComfyUI's samplers, caches and compilers expect."""
+
+    def __init__(self, llm: LLMConfig, dtype: torch.dtype | None = None, device: Any = None, operations: Any = None) -> None:
+        super().__init__(llm, operations, device=device, dtype=dtype)
+        self.dtype = dtype
+
+    def forward(
+        self, x: Tensor, timestep: Tensor, context: Any = None, control: Any = None, transformer_options: dict | None = None, **kwargs: Any
+    ) -> Tensor:
+        options = transformer_options if transformer_options is not None else {}
+        wrappers = px.get_all_wrappers(px.WrappersMP.DIFFUSION_MODEL, options)
+        if wrappers:
+            x = x.clone()  # EasyCache keeps and changes what it is given
+        run = px.WrapperExecutor.new_class_executor(self._forward, self, wrappers)
+        return run.execute(x, timestep, context, options, **kwargs)
+
+    def _forward(
+        self, x: Tensor, timestep: Tensor, context: Any = None, transformer_options: dict | None = None, *, lance: Rows, **kwargs: Any
+    ) -> Tensor:
+        """x: [b, 48, t, h, w]; timestep: [b] or, with clean frames, [b, t], in 0..1000. Returns the velocity, shaped like x."""
+        t = timestep / 1000
+        if t.ndim == 1:
+            t = t[:, None].expand(-1, x.shape[2])
+        velocity = lance.model.velocity(lance.per_row(x.shape[0]), x.permute(0, 2, 3, 4, 1), t)
+        return velocity.permute(0, 4, 1, 2, 3)
+
+
+class LanceModel(comfy.model_base.BaseModel):
+    """The MODEL. `current_patcher` (set by the sampler) leads to the understanding expert."""
+
+    def __init__(self, config: LanceConfig, llm: LLMConfig, understanding: torch.nn.Module) -> None:
+        super().__init__(config, comfy.model_base.ModelType.FLOW, device=torch.device("meta"), unet_model=Denoiser)
+        self.llm = llm
+        self.understanding_names = {f"{UND_PREFIX}{name}": None for name in understanding.state_dict()}
+        self.store = Store()
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return self.manual_cast_dtype or self.get_dtype()
+
+    @property
+    def understanding(self) -> Any:
+        """The understanding expert's patcher."""
+        return self.current_patcher.get_additional_models_with_key(UND)[0]
+
+    def experts(self, device: torch.device) -> DualExpert:
+        """Both experts as lance_core runs them."""
+        return DualExpert(
+            self.llm, self.understanding.model, self.diffusion_model, attention=host.attention, dtype=self.compute_dtype, device=device
+        )
+
+    # -- conditioning -------------------------------------------------------------------------------------------
+
+    def extra_conds(self, **kwargs: Any) -> dict[str, Any]:
+        """Called once a conditioning and sampling run, weights loaded: which context its rows run against."""
+        noise, patcher = kwargs["noise"], self.current_patcher
+        weights = (patcher.patches_uuid, self.understanding.patches_uuid)
+        branch = self.store.branch(prompt_of(kwargs), tuple(noise.shape[2:]), weights)
+        rows = Rows(self.experts(kwargs["device"]), [branch])
+        # The stock EasyCache of older hosts mistakes a guidance batch for one prediction.
+        joinable = not host.has_wrapper(patcher, px.WrappersMP.DIFFUSION_MODEL, "easycache")
+        out = {"lance": RowsCond(rows, joinable)}
+        mask = kwargs.get("denoise_mask")
+        if mask is not None:
+            clean = clean_frames(mask)
+            if bool(clean.any()):
+                out["lance_clean"] = comfy.conds.CONDRegular(clean.to(noise.dtype))
+                out["lance_latent"] = comfy.conds.CONDRegular(kwargs["latent_image"])
+        return out
+
+    def extra_conds_shapes(self, **kwargs: Any) -> dict[str, Any]:
+        prompt = prompt_of(kwargs)
+        return {"lance": [1, 1, prompt.request.tokens]}
+
+    def process_timestep(self, timestep: Tensor, x: Tensor | None = None, lance_clean: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """Frames that are kept clean are at timestep 0: [b] -> [b, t] where there are any."""
+        return timestep if lance_clean is None else timestep[:, None] * (1 - lance_clean.to(timestep))
+
+    def _apply_model(self, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        kwargs["lance"].fill()  # here, outside of what may be compiled or cached
+        clean, latent = kwargs.get("lance_clean"), kwargs.pop("lance_latent", None)
+        kwargs.pop("c_crossattn", None)
+        if clean is None:
+            return super()._apply_model(x, t, *args, **kwargs)
+        shown = torch.where(clean[:, None, :, None, None] > 0, latent.to(x), x)
+        # Guidance takes the velocity to be (x - denoised) / sigma, and its norm is over all frames, clean ones included.
+        return super()._apply_model(shown, t, *args, **kwargs) + (x - shown)
+
+    # -- memory -------------------------------------------------------------------------------------------------
+
+    def memory_required(self, input_shape: list[int], cond_shapes: dict[str, Any] | None = None, **kwargs: Any) -> float:
+        """Bytes one forward of input_shape [b, 48, t, h, w] needs beyond the weights: keys, values and activations.
+
+        Per target token and row: the feed-forward's three intermediate tensors, q/k/v and their rotated float32 copies, and
+        a handful of hidden-width tensors; per context or target token and layer: one key and value.
+        """
+        llm, size = self.llm, self.compute_dtype.itemsize
+        rows = input_shape[0]
+        tokens = int(torch.tensor(input_shape[2:]).prod()) + 2
+        context = sum(int(s[-1]) for s in (cond_shapes or {}).get("lance", []))
+        kv = 2 * llm.num_kv_heads * llm.head_dim * size * llm.num_layers * (context + tokens)
+        heads = (llm.num_heads + 2 * llm.num_kv_heads) * llm.head_dim
+        per_token = (3 * llm.intermediate_size + 2 * heads + 6 * llm.hidden_size) * size + 12 * llm.num_heads * llm.head_dim
+        return float(kv + rows * tokens * per_token + tokens * llm.hidden_size * size)
+
+    # -- the other expert's names -------------------------------------------------------------------------------
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """This expert's weights, and the other's names, so that a LoRA on it is recognised (`LancePatcher` sends it there)."""
+        state = super().state_dict(*args, **kwargs)
+        if not args and not kwargs:
+            for name in self.understanding_names:
+                state.setdefault(name, _NO_WEIGHT)
+        return state
+
+
+_NO_WEIGHT = torch.empty(0)
+
+
+def clean_frames(mask: Tensor) -> Tensor:
+    """Denoise mask [b, c, t, h, w] -> bool [b, t]: frames nothing of which is to be denoised."""
+    return mask.amax(dim=(1, 3, 4)) == 0
+
+
+def restore_clean(
+    executor: Any, noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor, denoise_mask: Any = None, *args: Any, **kwargs: Any
+):
+    """OUTER_SAMPLE wrapper: what the mask keeps comes out bit for bit, whichever sampler ran."""
+    out = executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
+    if denoise_mask is None:
+        return out
+    mask = comfy.utils.reshape_mask(denoise_mask, noise.shape) if denoise_mask.ndim != noise.ndim else denoise_mask
+    return torch.where(mask.to(out.device) == 0, latent_image.to(out), out)
+
+
+class _Routing:
+    """Patcher behaviour: patches named for the other expert go to its patcher; both are pinned to the same weights' id."""
+
+    def add_patches(self, patches: dict, *args: Any, **kwargs: Any) -> list:
+        name = lambda key: key if isinstance(key, str) else key[0]  # noqa: E731
+        mine = {k: v for k, v in patches.items() if not name(k).startswith(UND_PREFIX)}
+        theirs = {k: v for k, v in patches.items() if name(k).startswith(UND_PREFIX)}
+        done = super().add_patches(mine, *args, **kwargs)
+        if theirs:
+            short = {_rename(k): v for k, v in theirs.items()}
+            taken = set(self.get_additional_models_with_key(UND)[0].add_patches(short, *args, **kwargs))
+            done += [k for k in theirs if _rename(k) in taken]
+        return done
+
+    def model_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """This expert's weights only, without the names `LanceModel.state_dict` lends to LoRAs."""
+        return {k: v for k, v in super().model_state_dict(*args, **kwargs).items() if not k.startswith(UND_PREFIX)}
+
+
+def _rename(key: Any) -> Any:
+    return key.removeprefix(UND_PREFIX) if isinstance(key, str) else (key[0].removeprefix(UND_PREFIX), *key[1:])
+
+
+class _Classes:
+    """Built when first needed: the host decides its patcher class at start-up, after this module is imported."""
+
+    @cached_property
+    def patcher(self) -> type:
+        return type("LancePatcher", (_Routing, host.patcher_class()), {})
+
+
+_classes = _Classes()
+
+
+def build(llm: LLMConfig, stored: torch.dtype, compute: torch.dtype, understanding: Any) -> Any:
+    """A MODEL patcher without weights; give it some with `host.fill`.
+
+    understanding: the patcher of the understanding expert.
+    """
+    config = LanceConfig({"llm": llm})
+    config.set_inference_dtype(stored, None if stored == compute else compute)
+    config.custom_operations = host.operations(stored, compute)
+    model = LanceModel(config, llm, understanding.model)
+    model.device = mm.unet_offload_device()
+    patcher = host.make_patcher(model, _classes.patcher)
+    patcher.set_additional_models(UND, [understanding])
+    patcher.add_wrapper_with_key(px.WrappersMP.OUTER_SAMPLE, "lance_restore", restore_clean)
+    return patcher

@@ -1,0 +1,140 @@
+"""Nodes that make latents and turn them into frames."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import comfy.latent_formats
+import torch
+from comfy_api.latest import InputImpl, Types, io
+
+from ..lance_core.config import OUTPUT_FPS
+from ..lance_core.errors import RequestError
+from ..lance_core.preprocess import crop_resize, vae_size
+from ..lance_core.request import SIZES, check_size, resolve_frames
+from . import vision
+from .nodes_model import CATEGORY
+
+CUSTOM = "custom"
+SIZE_PRESETS = list(SIZES)
+ASPECTS = list(SIZES["image_768res"])
+
+
+def _frames_input(default: int) -> io.Int.Input:
+    return io.Int.Input(
+        "frames",
+        default=default,
+        min=1,
+        max=121,
+        step=4,
+        tooltip="1 makes an image. Videos have 4k+1 frames at 12 a second, at most 121 (10 s).",
+    )
+
+
+BATCH = {"default": 1, "min": 1, "max": 64, "tooltip": "How many to make; Lance Sampler gives them seed, seed+1, …"}
+
+
+class EmptyLanceLatent(io.ComfyNode):
+    """An empty LATENT by preset and aspect, or by width and height."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="EmptyLanceLatent",
+            display_name="Empty Lance Latent",
+            category=CATEGORY,
+            description="The size of what is to be made from text or subjects.",
+            inputs=[
+                io.Combo.Input(
+                    "size",
+                    options=[*SIZE_PRESETS, CUSTOM],
+                    default="image_768res",
+                    tooltip="Sizes the model was trained for; 768 for images, 480p or 360p for video. custom: width and height below.",
+                ),
+                io.Combo.Input("aspect", options=ASPECTS, default="1:1", tooltip="Width to height, for the presets."),
+                io.Int.Input("width", default=768, min=16, max=1168, step=16, tooltip="Pixels, for custom; at most 1024 (1168 by 496)."),
+                io.Int.Input("height", default=768, min=16, max=1168, step=16, tooltip="Pixels, for custom; at most 1024."),
+                _frames_input(1),
+                io.Int.Input("batch_size", **BATCH),
+            ],
+            outputs=[io.Latent.Output("latent")],
+        )
+
+    @classmethod
+    def execute(cls, size: str, aspect: str, width: int, height: int, frames: int, batch_size: int) -> io.NodeOutput:
+        w, h = check_size(width, height) if size == CUSTOM else SIZES[size][aspect]
+        grid = (1 + (resolve_frames(frames) - 1) // 4, h // 16, w // 16)
+        return io.NodeOutput({"samples": vision.empty_latent(grid, batch_size)})
+
+
+class LanceImageToVideoLatent(io.ComfyNode):
+    """A LATENT whose first frame is a picture and stays it."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LanceImageToVideoLatent",
+            display_name="Lance Image To Video Latent",
+            category=CATEGORY,
+            description="Starts a video with a picture, which is kept as its first frame.",
+            inputs=[
+                io.Vae.Input("vae", tooltip="From Lance Loader."),
+                io.Image.Input("start_image", tooltip="The first frame. It is cropped to the nearest trained shape."),
+                io.Combo.Input(
+                    "size",
+                    options=["video_480p", "video_360p", "video_192p", CUSTOM],
+                    default="video_480p",
+                    tooltip="The picture's own shape at this size, or custom: width and height below.",
+                ),
+                io.Int.Input("width", default=848, min=16, max=1024, step=16, tooltip="Pixels, for custom."),
+                io.Int.Input("height", default=480, min=16, max=1024, step=16, tooltip="Pixels, for custom."),
+                _frames_input(49),
+                io.Int.Input("batch_size", **BATCH),
+            ],
+            outputs=[io.Latent.Output("latent", tooltip="With a noise mask that keeps the first frame; for any sampler.")],
+        )
+
+    @classmethod
+    def execute(cls, vae, start_image, size: str, width: int, height: int, frames: int, batch_size: int) -> io.NodeOutput:
+        if len(start_image) != 1:
+            raise RequestError(f"{len(start_image)} images came as the first frame: connect one (Image From Batch picks one).")
+        picture = vision.to_bytes(start_image)[0]
+        w, h = check_size(width, height) if size == CUSTOM else vae_size(picture.shape[1], picture.shape[0], size)
+        first = vision.encode_frames(vae, crop_resize(picture, (w, h))[None])
+        samples = comfy.latent_formats.Wan22().process_out(vision.empty_latent((1 + (resolve_frames(frames) - 1) // 4, h // 16, w // 16)))
+        samples[:, :, :1] = first.to(samples)
+        mask = torch.ones_like(samples[:, :1])
+        mask[:, :, :1] = 0
+        repeat = (batch_size, 1, 1, 1, 1)
+        return io.NodeOutput({"samples": samples.repeat(repeat), "noise_mask": mask.repeat(repeat)})
+
+
+class LanceVAEDecode(io.ComfyNode):
+    """LATENT -> IMAGE frames and VIDEO at 12 fps."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LanceVAEDecode",
+            display_name="Lance VAE Decode",
+            category=CATEGORY,
+            description="Turns a latent into images, and into a video at Lance's 12 frames a second.",
+            inputs=[
+                io.Vae.Input("vae", tooltip="From Lance Loader."),
+                io.Latent.Input("samples", tooltip="From the sampler."),
+            ],
+            outputs=[
+                io.Image.Output("images", tooltip="All frames; a batch's results one after the other."),
+                io.Video.Output("video", tooltip="The same frames at 12 a second, for Save Video."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, vae, samples) -> io.NodeOutput:
+        latent = samples["samples"]
+        if latent.ndim == 4:
+            latent = latent.unsqueeze(2)
+        frames = vae.decode(latent)
+        images = frames.reshape(-1, *frames.shape[-3:])
+        video = InputImpl.VideoFromComponents(Types.VideoComponents(images=images, frame_rate=Fraction(OUTPUT_FPS)))
+        return io.NodeOutput(images, video)

@@ -1,0 +1,120 @@
+"""Lance's schedule, guidance and noise as ComfyUI's SIGMAS, GUIDER and NOISE."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import comfy.sample
+import comfy.samplers
+import torch
+from torch import Tensor
+
+from ..lance_core.errors import NumericsError, RequestError
+from ..lance_core.pipeline import seeded_noise
+from ..lance_core.sampler import Guidance, norm, schedule
+from .conditioning import KEY, Prompt
+from .model import LanceModel
+
+
+def sigmas(steps: int, shift: float, denoise: float) -> Tensor:
+    """Times from 1 (or, for denoise < 1, from part of the way) to 0; the exact schedule of the released code at denoise 1."""
+    if not 0 < denoise <= 1:
+        raise RequestError(f"denoise is {denoise}, expected above 0 and at most 1.")
+    return schedule(int(steps / denoise), shift)[-(steps + 1) :]
+
+
+def require_lance(patcher: Any) -> None:
+    """Refuse a MODEL of another family."""
+    if not isinstance(patcher.model, LanceModel):
+        raise RequestError(
+            f"This node samples Lance and the model connected is {type(patcher.model).__name__}: connect the MODEL of Lance Loader."
+        )
+
+
+class LanceGuider(comfy.samplers.CFGGuider):
+    """Guidance inside an interval of time, renormalised, as lance_core.sampler.Guidance has it."""
+
+    def __init__(self, model_patcher: Any, guidance: Guidance) -> None:
+        require_lance(model_patcher)
+        super().__init__(model_patcher)
+        self.guidance = guidance
+        self.set_cfg(guidance.scale)
+
+    def predict_noise(self, x: Tensor, timestep: Tensor, model_options: dict | None = None, seed: int | None = None) -> Tensor:
+        options = dict(model_options or {})
+        active = self.guidance.applies(timestep.flatten()[0].float().cpu())
+        if active:
+            if "sampler_cfg_function" in options:
+                logging.warning("Lance guidance replaces the CFG function another node has put on the model.")
+            options["sampler_cfg_function"] = self._combine
+        positive, negative = self.conds.get("positive"), self.conds.get("negative")
+        scale = self.guidance.scale if active else 1.0
+        return comfy.samplers.sampling_function(self.inner_model, x, timestep, negative, positive, scale, model_options=options, seed=seed)
+
+    def _combine(self, args: dict[str, Any]) -> Tensor:
+        """Host protocol: "cond" and "uncond" are x - denoised, velocity times sigma, so the ratio of norms is the velocity's."""
+        cond, uncond = args["cond"].float(), args["uncond"].float()
+        guided = uncond + self.guidance.scale * (cond - uncond)
+        if self.guidance.renorm == "none":
+            return guided
+        dims = (1,) if self.guidance.renorm == "channel" else tuple(range(1, guided.ndim))
+        ratio = norm(cond, dims) / (norm(guided, dims) + 1e-8 * args["sigma"].flatten()[0].float())
+        return guided * ratio.clamp(self.guidance.renorm_min, 1.0)
+
+
+class LanceNoise:
+    """NOISE in the layout Lance was trained with: a row per token, references first; result i of a batch has seed + i."""
+
+    def __init__(self, seed: int, references: int = 0) -> None:
+        self.seed, self.references = seed, references
+
+    def generate_noise(self, latent: dict[str, Any]) -> Tensor:
+        """[b, 48, t, h, w], float32 on the CPU, for LATENT."""
+        samples = latent["samples"]
+        index = latent.get("batch_index")
+        offsets = index if index is not None else range(samples.shape[0])
+        grid = tuple(samples.shape[2:])
+        rows = [seeded_noise((self.seed + int(i)) % 2**64, grid, self.references) for i in offsets]
+        return torch.stack(rows).permute(0, 4, 1, 2, 3).contiguous()
+
+
+def reference_tokens(positive: Any) -> int:
+    """How many rows of the noise the references of a conditioning take."""
+    prompts = [c[1].get(KEY) for c in positive or ()]
+    return max((p.request.reference_tokens for p in prompts if isinstance(p, Prompt)), default=0)
+
+
+def fit_latent(patcher: Any, latent: dict[str, Any]) -> dict[str, Any]:
+    """The LATENT with five axes and 48 channels, as stock samplers repair an empty one.
+
+    Raises:
+        RequestError: it holds another model's latent.
+    """
+    samples = comfy.sample.fix_empty_latent_channels(patcher, latent["samples"])
+    if samples.ndim == 4:
+        samples = samples.unsqueeze(2)
+    if samples.ndim != 5 or samples.shape[1] != 48:
+        raise RequestError(
+            f"The latent has shape {list(samples.shape)}, Lance's have [batch, 48, frames, height, width]: use Empty Lance Latent."
+        )
+    return {**latent, "samples": samples}
+
+
+def sample(guider: LanceGuider, noise: LanceNoise, sampler: str, times: Tensor, latent: dict[str, Any], callback: Any) -> dict[str, Any]:
+    """Run one of ComfyUI's samplers; returns the LATENT."""
+    latent = fit_latent(guider.model_patcher, latent)
+    samples = guider.sample(
+        noise.generate_noise(latent),
+        latent["samples"],
+        comfy.samplers.sampler_object(sampler),
+        times,
+        denoise_mask=latent.get("noise_mask"),
+        callback=callback,
+        seed=noise.seed,
+    )
+    if not bool(torch.isfinite(samples).all()):
+        raise NumericsError(
+            "Denoising gave NaN or infinity: the checkpoint is damaged, or fp16 overflowed; choose bf16 as the loader's weight dtype."
+        )
+    return {**latent, "samples": samples.to("cpu")}

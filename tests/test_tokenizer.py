@@ -1,0 +1,176 @@
+"""Text to ids and back: from either form of the files, special tokens by name, a user's text never a control token."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import unicodedata
+
+import pytest
+import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lance_core import CheckpointError, prompts
+from lance_core.prompts import Tokenizer
+from lance_core.sequence import Kind, Role, Segment
+
+TEXTS = [
+    "a red fox in the snow",
+    "  two  spaces, trailing ",
+    "line\nline\r\n\n\n  indented\ttab\n",
+    "2025-11-22, 3.14159 and ½ of 1,000,000",
+    "狐狸在雪地里，一只猫。",
+    "日本語テキスト と한국어",
+    "Ünïcödé e\u0301 ﬁ İ",
+    "it's we'll THEY'RE don't",
+    'A cat holds a poster with rainbow text "STOP"',
+    "emoji 🦊🏔️👨‍👩‍👧 end",
+    "<|im_end|><|im_start|>system",
+    "\u200b\u00a0\u3000\x00\x7f",
+    "",
+]
+
+
+@pytest.fixture(scope="module")
+def folder(golden):
+    return golden / "checkpoint" / "Lance_3B"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return Tokenizer.from_folder(folder)
+
+
+@pytest.fixture(scope="module")
+def older(folder, tmp_path_factory):
+    """The same from vocab.json and merges.txt."""
+    there = tmp_path_factory.mktemp("older")
+    for name in ("vocab.json", "merges.txt", "added_tokens.json"):
+        shutil.copy(folder / name, there)
+    return Tokenizer.from_folder(there)
+
+
+@pytest.fixture(scope="module")
+def plain(folder):
+    """The tokenizers library's own reading of tokenizer.json."""
+    return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_both_forms_of_the_files_agree(tokenizer, older, text):
+    assert tokenizer.encode(text) == older.encode(text)
+    assert tokenizer.decode(tokenizer.encode(text)) == unicodedata.normalize("NFC", text)
+
+
+@given(text=st.text() | st.text("aä狐 0129'\n\r\t<|>imendstar_"))
+def test_both_forms_agree_on_any_text(tokenizer, older, text):
+    ids = tokenizer.encode(text)
+    assert ids == older.encode(text)
+    assert not any(i in tokenizer._special_text for i in ids)
+    assert tokenizer.decode(ids) == older.decode(ids) == unicodedata.normalize("NFC", text)
+
+
+@pytest.mark.parametrize("text", [t for t in TEXTS if "<|" not in t])
+def test_ids_are_the_librarys(tokenizer, plain, text):
+    assert tokenizer.encode(text) == plain.encode(text, add_special_tokens=False).ids
+
+
+def test_special_tokens_come_from_the_files_by_name(tokenizer, older, plain):
+    names = {"im_start": "<|im_start|>", "im_end": "<|im_end|>", "vision_start": "<|vision_start|>", "vision_end": "<|vision_end|>"}
+    for attribute, name in (names | {"pad": "<|video_pad|>"}).items():
+        assert getattr(tokenizer, attribute) == getattr(older, attribute) == plain.token_to_id(name)
+
+
+def test_special_tokens_may_have_any_number(folder, tmp_path):
+    definition = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    for token in definition["added_tokens"]:
+        token["id"] += 1000
+    (tmp_path / "tokenizer.json").write_text(json.dumps(definition))
+    moved = Tokenizer.from_folder(tmp_path)
+    assert (moved.im_end, moved.pad, len(moved)) == (1384, 1397, 1398)
+    sequence = prompts.generation(moved, "s", [], "c", (1, 1, 1))
+    assert [i for i in sequence.token_ids() if i >= 1000] == [1386, 1384, 1386, 1384, 1386, 1393, 1397, 1394]
+
+
+def test_without_added_tokens_the_tokenizer_config_names_them(folder, tmp_path, older):
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
+        shutil.copy(folder / name, tmp_path)
+    other = Tokenizer.from_folder(tmp_path)
+    assert (other.im_start, other.im_end, other.pad, len(other)) == (older.im_start, older.im_end, older.pad, len(older))
+
+
+def test_length_is_the_ids_in_use(tokenizer, older):
+    assert len(tokenizer) == len(older) == 398
+
+
+@pytest.mark.parametrize("name", ["<|im_end|>", "<|im_start|>", "<|vision_start|>", "<|video_pad|>", "<|endoftext|>", "<|image_pad|>"])
+def test_typed_special_tokens_are_spelled_out(tokenizer, plain, name):
+    assert len(plain.encode(name).ids) == 1  # what the library would do
+    ids = tokenizer.encode(f"a{name}b")
+    assert len(ids) > 4 and plain.token_to_id(name) not in ids
+    assert tokenizer.decode(ids) == f"a{name}b"
+
+
+def test_decoding_writes_special_tokens_by_name(tokenizer):
+    ids = [tokenizer.im_start, *tokenizer.encode("hi"), tokenizer.pad, tokenizer.im_end]
+    assert tokenizer.decode(ids) == "<|im_start|>hi<|video_pad|><|im_end|>"
+    assert tokenizer.decode([]) == ""
+
+
+def test_unfinished_characters_decode_to_the_replacement(tokenizer):
+    ids = tokenizer.encode("狐")
+    assert len(ids) > 1 and tokenizer.decode(ids[:1]) == "\ufffd" and tokenizer.decode(ids) == "狐"
+
+
+@pytest.mark.parametrize("missing", prompts.SPECIALS)
+def test_a_missing_special_token_is_named(folder, missing):
+    definition = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    definition["added_tokens"] = [t for t in definition["added_tokens"] if t["content"] != missing]
+    with pytest.raises(CheckpointError) as caught:
+        Tokenizer(definition, "here")
+    assert "here lacks" in str(caught.value) and missing in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content", ["{}", '{"model": 3}', "[]", "{", '{"added_tokens": [3], "model": {}}', '{"added_tokens": 7}', "\udcff"]
+)
+def test_a_damaged_tokenizer_file(tmp_path, content):
+    (tmp_path / "tokenizer.json").write_text(content, errors="surrogateescape")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
+        Tokenizer.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize("kept", [(), ("vocab.json",), ("merges.txt",)])
+def test_no_tokeniser_at_all(folder, tmp_path, kept):
+    for name in kept:
+        shutil.copy(folder / name, tmp_path)
+    with pytest.raises(CheckpointError, match=r"no tokeniser.*tokenizer\.json.*vocab\.json"):
+        Tokenizer.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"added_tokens_decoder": 3}'])
+def test_damaged_older_files(folder, tmp_path, content):
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(folder / name, tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json"):
+        Tokenizer.from_folder(tmp_path)
+
+
+def test_pieces_are_tokenised_on_their_own(tokenizer):
+    """The ids of a caption do not depend on what stands around it."""
+    for caption in TEXTS:
+        sequence = prompts.generation(tokenizer, "system", [], caption, (1, 2, 3))
+        assert sequence.context[sequence.caption].ids == tuple(tokenizer.encode(caption))
+        assert sequence.context[sequence.caption].role is Role.CAPTION
+
+
+def test_templates(tokenizer):
+    visual = Segment(Kind.SEEN, Role.SOURCE, grid=(1, 1, 2))
+    start = "<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\n<|vision_start|><|video_pad|><|video_pad|><|vision_end|>"
+    end = "why?<|im_end|>\n<|im_start|>assistant\n"
+    drawn = prompts.generation(tokenizer, "be brief", [visual], "why?", (1, 1, 1))
+    assert tokenizer.decode(drawn.token_ids()) == f"{start}{end}<|vision_start|><|video_pad|><|vision_end|>"
+    asked = prompts.question(tokenizer, "be brief", [visual], "why?")
+    assert tokenizer.decode(asked.token_ids()) == start + end and asked.target is None
