@@ -50,4 +50,5 @@ def table(rows: list[list[str]]) -> str:
 
 
 def seconds_text(seconds: float) -> str:
+    """A duration with a unit that suits it."""
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.2f} ms" if seconds >= 1e-4 else f"{seconds * 1e6:.1f} µs"

@@ -19,6 +19,9 @@ from .ops import TorchOps
 from .rope import rotate
 
 
+PIECE = 8192  # tokens a feed-forward takes at once; wide enough to keep any device busy
+
+
 class SelfAttention(nn.Module):
     """One expert's projections around the shared attention."""
 
@@ -51,7 +54,19 @@ class MLP(nn.Module):
         self.down_proj = ops.Linear(config.intermediate_size, config.hidden_size, **kw)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        """x [b, n, hidden]; long sequences go through in pieces, so that the wide intermediates of a video never exist at once."""
+        if x.shape[1] <= PIECE or x.requires_grad:
+            return self._piece(x)
+        out = torch.empty_like(x)
+        for start in range(0, x.shape[1], PIECE):
+            out[:, start : start + PIECE] = self._piece(x[:, start : start + PIECE])
+        return out
+
+    def _piece(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if gate.requires_grad:
+            return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(F.silu(gate, inplace=True).mul_(up))
 
 
 class ExpertLayer(nn.Module):
@@ -71,7 +86,8 @@ class ExpertLayer(nn.Module):
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         """Residual stream after attention [b, n, heads, width] and the feed-forward."""
-        x = x + self.self_attn.o_proj(attended.flatten(2))
+        # Contiguous, because torch multiplies a sliced batch row by row, copying the weight each time.
+        x = x + self.self_attn.o_proj(attended.flatten(2).contiguous())
         return x + self.mlp(self.post_attention_layernorm(x))
 
 

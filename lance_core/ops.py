@@ -17,6 +17,8 @@ try:
 except ImportError:
     flash_attn_func = None
 
+NATIVE_GROUPS = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 5)
+
 
 class _NoInit:
     """Weights always come from a file, so the time torch spends on initialising them is saved."""
@@ -41,15 +43,7 @@ class TorchOps:
         pass
 
     class RMSNorm(_NoInit, nn.RMSNorm):
-        """Root-mean-square norm over the last axis, reduced in float32 whatever the weights' dtype."""
-
-        def forward(self, x: Tensor) -> Tensor:
-            return rms_norm(x, self.weight, self.eps)
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / rms(x) * weight, reduced in float32 and returned in x's dtype (Zhang & Sennrich 2019)."""
-    return F.rms_norm(x.float(), (x.shape[-1],), None, eps).to(x.dtype) * weight
+        """Root-mean-square norm over the last axis; torch reduces it in float32 whatever the weights' dtype."""
 
 
 Attention = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
@@ -67,12 +61,26 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
     """
     if flash_attn_func is not None and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
         return flash_attn_func(q, k, v, causal=causal)
+    queries, keys, heads, groups = q.shape[1], k.shape[1], q.shape[2], k.shape[2]
+    causal = causal and queries > 1
+    if heads != groups and not NATIVE_GROUPS:
+        return _folded(q, k, v, causal)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    queries, keys = q.shape[2], k.shape[2]
-    mask = None
-    if causal and queries > 1 and queries != keys:
-        mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
-    out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal and queries == keys and queries > 1, enable_gqa=q.shape[1] != k.shape[1]
-    )
-    return out.transpose(1, 2)
+    mask = causal_mask(queries, keys, q.device) if causal and queries != keys else None
+    grouped = {"enable_gqa": True} if heads != groups else {}
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and mask is None, **grouped).transpose(1, 2)
+
+
+def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:
+    """bool [queries, keys]: query i sees keys up to keys - queries + i."""
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+
+
+def _folded(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    """Grouped heads on a torch that has none: query heads that share a key head are laid one after the other as queries."""
+    b, n, heads, width = q.shape
+    groups = k.shape[2]
+    q = q.view(b, n, groups, heads // groups, width).permute(0, 2, 3, 1, 4).reshape(b, groups, -1, width)
+    mask = causal_mask(n, k.shape[1], q.device).repeat(heads // groups, 1) if causal else None
+    out = F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
+    return out.view(b, groups, heads // groups, n, width).permute(0, 3, 1, 2, 4).reshape(b, n, heads, width)

@@ -304,4 +304,5 @@ def patchify(x: Tensor, patch: int) -> Tensor:
 
 
 def unpatchify(x: Tensor, patch: int) -> Tensor:
+    """The inverse of `patchify`."""
     return rearrange(x, "b (c r q) t h w -> b c t (h q) (w r)", q=patch, r=patch)

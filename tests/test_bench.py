@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from lance_core import bench, bench_tools
 from lance_core import bench_cost as cost
 from lance_core.bench_baseline import Baseline
 from lance_core.bench_case import case_of, noise
-from lance_core.bench_tools import Meter, Peak, cut_layers, free_memory, materialise
+from lance_core.bench_tools import Meter, cut_layers, materialise
 from lance_core.checkpoint import Checkpoint
 from lance_core.config import RELEASED_LLM, LanceConfig, LLMConfig, VAEConfig, ViTConfig
 from lance_core.errors import CheckpointError, RequestError
@@ -189,14 +191,22 @@ def test_cut_layers_shares_weights_and_leaves_the_model_alone():
 
 
 def test_memory_is_measured_where_the_system_can():
-    assert free_memory(CPU) > 0
-    peak = Peak(CPU)
-    peak.reset()
-    before = peak.read()
-    if before is None:
+    """In a process of its own: here, an allocator may still hold enough from other tests to hide 256 MiB."""
+    program = """
+import torch
+from lance_core.bench_tools import Peak, free_memory
+assert free_memory(torch.device("cpu")) > 0
+peak = Peak(torch.device("cpu"))
+peak.reset()
+before = peak.read()
+torch.ones(1 << 26).sum()  # gone again
+print("unknown" if before is None else peak.read() - before)
+"""
+    root = Path(__file__).parents[1]
+    grown = subprocess.run([sys.executable, "-c", program], cwd=root, check=True, capture_output=True, text=True).stdout.strip()
+    if grown == "unknown":
         pytest.skip("/proc does not say here")
-    torch.ones(1 << 26).sum()  # 256 MiB, more than an allocator keeps, gone again
-    assert peak.read() - before > 200 << 20
+    assert 200 << 20 < int(grown) < 400 << 20
 
 
 def test_meter_takes_turns_and_divides():
