@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from . import bench, info, media, tiny
+from . import bench, convert, info, media, tiny
 from .answer import Piece
 from .errors import LanceError, RequestError
 from .pipeline import Generated, Lance, load
@@ -96,6 +96,17 @@ def parser() -> argparse.ArgumentParser:
     small.add_argument("folder", metavar="DIR")
     small.add_argument("--seed", type=int, default=0)
     small.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    shrink = commands.add_parser("convert", help="write a checkpoint as one file, smaller if wanted")
+    shrink.add_argument("source", metavar="SRC", help="checkpoint folder or file")
+    shrink.add_argument("target", metavar="DST", help="the .safetensors file to write")
+    shrink.add_argument("--dtype", choices=convert.DTYPES, default="bf16", help="default: %(default)s")
+    shrink.add_argument("--understanding", choices=convert.DTYPES, help="another one for the understanding expert; int4 is for it only")
+    shrink.add_argument("--generation", choices=convert.DTYPES, help="another one for the generation expert; below fp8 it loses detail")
+    shrink.add_argument("--no-vae", action="store_true", help="leave the VAE out; it is then looked for beside the file")
+    shrink.add_argument("--vit", metavar="FILE", help="vision tower, if it is not inside or beside the checkpoint")
+    shrink.add_argument("--vae", metavar="FILE", help="VAE, if it is not beside the checkpoint")
+    shrink.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    shrink.add_argument("-q", "--quiet", action="store_true", help="no progress bars")
     speed = commands.add_parser("bench", help="measure speed and memory on this machine")
     bench.add_arguments(speed)
     return top
@@ -238,6 +249,21 @@ def _dispatch(args: argparse.Namespace, bars: Bars) -> dict[str, Any]:
         if not args.json:
             print(f"{folder}: Lance_3B, Lance_3B_Video, Qwen2.5-VL-ViT and Wan2.2_VAE.pth, with random weights (they draw noise)")
         return {"folder": str(folder)}
+    if args.command == "convert":
+        result = convert.convert(
+            args.source,
+            args.target,
+            args.dtype,
+            understanding=args.understanding,
+            generation=args.generation,
+            include_vae=not args.no_vae,
+            vit=args.vit,
+            vae=args.vae,
+            progress=bars,
+        )
+        if not args.json:
+            print(convert.report(result))
+        return result
     if args.command == "bench":
         result = bench.run(args, bars)
         if not args.json:

@@ -3,14 +3,19 @@
 A checkpoint has four parts, each loadable on its own: "und" and "gen" (the two experts), "vit" and "vae". Names and
 shapes of all of them are checked when it is opened, before anything is allocated. Loading builds the module on the meta
 device and fills it tensor by tensor in its final dtype: peak memory is the result plus one tensor.
+
+Besides the released folders, a single safetensors file is read when its metadata says enough: a JSON `lance` (what
+`convert` writes), or configuration and tokeniser under the names other tools use.
 """
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,15 +25,19 @@ from .errors import CheckpointError
 from .model import Generation, Understanding
 from .ops import TorchOps
 from .prompts import Tokenizer
+from .quantize import IGNORED_SUFFIXES, ON_DISK, SIDE_TENSORS, Format, formats_of, swap
 from .vae import WanVAE
 from .vit import VisionTower
-from .weights import WeightFile, open_weights
+from .weights import SafetensorsFile, WeightFile, open_weights
 
 PARTS = ("und", "gen", "vit", "vae")
 MODEL_FILES = ("model.safetensors", "ema.safetensors")
 VIT_FOLDER, VIT_FILE = "Qwen2.5-VL-ViT", "vit.safetensors"
 VAE_FILES = ("Wan2.2_VAE.pth", "Wan2.2_VAE.safetensors", "wan2.2_vae.safetensors")
-IGNORED = ("latent_pos_embed.pos_embed",)  # a fixed table, computed instead (MODEL: whatever its shape)
+# A fixed table, computed instead whatever its shape; and ComfyUI's mark of a scaled fp8 file, told by the tensors themselves.
+IGNORED = ("latent_pos_embed.pos_embed", "scaled_fp8")
+VIT_PREFIXES, VAE_PREFIXES = ("vit_model.", "visual."), ("vae.", "first_stage_model.")
+CONFIG_KEYS, TOKENIZER_KEYS = ("llm_config", "llm_config.json", "config", "config.json"), ("tokenizer", "tokenizer.json")
 
 Progress = Callable[[str, int, int], None]  # what is going on, done, total
 
@@ -44,20 +53,71 @@ class Part:
         return {name: file.shapes[key] for name, (file, key) in self.tensors.items()}
 
     @property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        return {name: file.dtypes[key] for name, (file, key) in self.tensors.items()}
+
+    @property
+    def formats(self) -> dict[str, Format]:
+        """Quantised layers, by module name."""
+        return formats_of(self.dtypes)
+
+    @property
     def parameters(self) -> int:
-        return sum(torch.Size(s).numel() for s in self.shapes.values())
+        """Number of weights; two of a 4-bit layer count as the two they are."""
+        packed = {f"{layer}.weight" for layer, f in self.formats.items() if f.name == "int4"}
+        side = [n for n in self.tensors if n.rpartition(".")[2] in SIDE_TENSORS]
+        return sum(torch.Size(s).numel() * (2 if n in packed else 1) for n, s in self.shapes.items() if n not in side)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return sum(torch.Size(s).numel() * self.dtypes[n].itemsize for n, s in self.shapes.items())
 
 
 def part_of(key: str) -> tuple[str, str] | None:
     """A model-file tensor name -> (part, name in the part's module); None if it belongs to none."""
-    if key.startswith("vit_model."):
-        return "vit", key.removeprefix("vit_model.")
+    for part, prefixes in (("vit", VIT_PREFIXES), ("vae", VAE_PREFIXES)):
+        for prefix in prefixes:
+            if key.startswith(prefix):
+                return part, key.removeprefix(prefix)
     if key.startswith(("time_embedder.", "vae2llm.", "llm2vae.")):
         return "gen", key
     if not key.startswith("language_model."):
         return None
     name = key.removeprefix("language_model.").removeprefix("model.")
+    for inner, stored in ON_DISK["fp8"].items():
+        if name.endswith(f".{stored}"):
+            name = name.removesuffix(stored) + inner
     return ("gen", name.replace("_moe_gen", "")) if "_moe_gen" in name else ("und", name)
+
+
+def stored_config(metadata: dict[str, str], path: Path) -> dict[str, Any]:
+    """What a single file says of itself: {"llm_config": ..., "tokenizer": ..., "vit_config": ... or absent}.
+
+    Raises:
+        CheckpointError: it does not say enough.
+    """
+
+    def parse(text: str) -> Any:
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{path}: the metadata in its header is not JSON ({error}); get the file again.") from None
+
+    told = parse(metadata["lance"]) if "lance" in metadata else {}
+    if not isinstance(told, dict):
+        raise CheckpointError(f"{path}: the `lance` metadata in its header is no JSON object; get the file again.")
+    for wanted, keys in (("llm_config", CONFIG_KEYS), ("tokenizer", TOKENIZER_KEYS), ("vit_config", ("vit_config",))):
+        for key in keys:
+            if wanted not in told and key in metadata:
+                told[wanted] = parse(metadata[key])
+    missing = [name for name in ("llm_config", "tokenizer") if not isinstance(told.get(name), dict)]
+    if missing:
+        raise CheckpointError(
+            f"{path} is a single file without {' and '.join(missing)} in its metadata, so it cannot be read on its own; "
+            "use the released folder, or make a file with `python -m lance_core convert`."
+        )
+    return told
 
 
 class Checkpoint:
@@ -74,9 +134,17 @@ class Checkpoint:
     def __init__(self, path: str | os.PathLike, vit: str | os.PathLike | None = None, vae: str | os.PathLike | None = None) -> None:
         self.path = Path(path)
         self.parts = {name: Part() for name in PARTS}
-        file = self._open_model_file()
-        raw = read_json(self.path / "llm_config.json")
-        self.tokenizer = Tokenizer.from_folder(self.path)
+        told: dict[str, Any] = {}
+        if self.path.is_file():
+            file = self._open_single_file()
+            told = stored_config(file.metadata, self.path)
+            raw, self.tokenizer = told["llm_config"], Tokenizer(told["tokenizer"], str(self.path))
+            if isinstance(told.get("vit_config"), dict):
+                raw = {**raw, "vision_config": told["vit_config"]}
+        else:
+            file = self._open_model_file()
+            raw = read_json(self.path / "llm_config.json")
+            self.tokenizer = Tokenizer.from_folder(self.path)
         unexpected = self._sort_tensors(file)
         vit_raw = self._find_vit(vit, raw)
         vae_path = self._find_vae(vae)
@@ -88,7 +156,9 @@ class Checkpoint:
             )
         vision = vit_config(vit_raw, str(self.path)) if vit_raw else None
         wan = vae_config(self.parts["vae"].shapes, str(vae_path)) if vae_path else None
-        self.config = LanceConfig(llm, vision, wan, variant_of(file.shapes, self.path.name), raw)
+        variant = told.get("variant")
+        variant = variant if variant in ("image", "video") else variant_of(file.shapes, self.path.name)
+        self.config = LanceConfig(llm, vision, wan, variant, raw)
         if vision and vision.out_hidden_size != llm.hidden_size:
             raise CheckpointError(
                 f"{self.path}: the ViT writes embeddings of width {vision.out_hidden_size}, the decoder reads {llm.hidden_size}: "
@@ -98,10 +168,14 @@ class Checkpoint:
 
     # -- finding ------------------------------------------------------------------------------------------------
 
+    def _open_single_file(self) -> SafetensorsFile:
+        if self.path.suffix.lower() != ".safetensors":
+            raise CheckpointError(f"{self.path} is no checkpoint; expected a folder such as models/lance/Lance_3B, or a .safetensors file.")
+        return SafetensorsFile(self.path)
+
     def _open_model_file(self) -> WeightFile:
         if not self.path.is_dir():
-            what = "is a file" if self.path.is_file() else "does not exist"
-            raise CheckpointError(f"{self.path} {what}; expected a checkpoint folder such as models/lance/Lance_3B.")
+            raise CheckpointError(f"{self.path} does not exist; expected a checkpoint folder such as models/lance/Lance_3B.")
         for name in MODEL_FILES:
             if (self.path / name).is_file():
                 return open_weights(self.path / name)
@@ -117,6 +191,8 @@ class Checkpoint:
                 self.parts[where[0]].tensors[where[1]] = (file, key)
             elif key not in IGNORED:
                 unexpected.append(key)
+        for part in self.parts.values():
+            part.tensors = {n: t for n, t in part.tensors.items() if n.rpartition(".")[2] not in IGNORED_SUFFIXES}
         return unexpected
 
     def _find_vit(self, given: str | os.PathLike | None, raw: dict) -> dict | None:
@@ -139,6 +215,8 @@ class Checkpoint:
         return raw["vision_config"] if inside else None
 
     def _find_vae(self, given: str | os.PathLike | None) -> Path | None:
+        if not given and self.parts["vae"].tensors:
+            return self.path
         folders = (self.path, self.path.parent)
         candidates = [Path(given)] if given else [folder / name for folder in folders for name in VAE_FILES]
         for path in candidates:
@@ -152,8 +230,8 @@ class Checkpoint:
 
     # -- checking and loading -----------------------------------------------------------------------------------
 
-    def build(self, part: str, ops=TorchOps, device="meta", dtype: torch.dtype | None = None) -> nn.Module:
-        """The part's module, its weights not yet loaded.
+    def build(self, part: str, ops=TorchOps, device="meta", dtype: torch.dtype | None = None, make: Any = None) -> nn.Module:
+        """The part's module, its weights not yet loaded. make: a host's quantised layer (see `quantize.swap`).
 
         Raises:
             CheckpointError: the checkpoint has no such part; says where it is looked for.
@@ -170,7 +248,7 @@ class Checkpoint:
             if self.config.vae is None:
                 raise CheckpointError(f"{self.path} has no VAE: put {VAE_FILES[0]} beside it, in {self.path.parent}, or give vae=.")
             return WanVAE(self.config.vae, **kw)
-        return {"und": Understanding, "gen": Generation}[part](self.config.llm, **kw)
+        return swap({"und": Understanding, "gen": Generation}[part](self.config.llm, **kw), self.parts[part].formats, make)
 
     def _check(self, unexpected: list[str]) -> None:
         """Every part's names, shapes and dtypes against the module they are for."""
@@ -188,19 +266,24 @@ class Checkpoint:
                 for key in expected.keys() & found.keys()
                 if found[key] != expected[key]
             ]
-            dtypes = {key: file.dtypes[k] for key, (file, k) in part.tensors.items()}
-            problems += [f"{label[k]} is {d}, expected floating point" for k, d in dtypes.items() if not d.is_floating_point]
+            whole = {f"{layer}.weight" for layer in part.formats}
+            wrong = {k: d for k, d in part.dtypes.items() if k not in whole and not (d.is_floating_point and d.itemsize > 1)}
+            problems += [f"{label[k]} is {d}, expected float32, bfloat16 or float16" for k, d in wrong.items()]
         if problems:
             more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
             raise CheckpointError(
                 f"{self.path} does not hold the model its configuration describes: {'; '.join(sorted(problems)[:5])}{more}. Download it again."
             )
 
-    def tensors(self, part: str) -> Iterator[tuple[str, Tensor]]:
-        """The part's tensors one at a time, in the order they lie in the file."""
+    def tensors(self, part: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Iterator[tuple[str, Tensor]]:
+        """The part's tensors one at a time, in the order they lie in the file, owning their memory.
+
+        dtype: of the result; None as in the file. What a quantised layer is kept in is never changed.
+        """
         items = self.parts[part].tensors.items()
+        kept = {f"{layer}.{leaf}" for layer in self.parts[part].formats for leaf in ("weight", *SIDE_TENSORS)}
         for name, (file, key) in sorted(items, key=lambda item: item[1][0].offset(item[1][1])):
-            yield name, file.read(key)
+            yield name, file.read(key).to(device=device, dtype=None if name in kept else dtype, copy=True)
 
     def load(
         self,
@@ -213,19 +296,14 @@ class Checkpoint:
         """The part's module with its weights in `dtype` on `device`."""
         module = self.build(part, ops).eval().requires_grad_(False)
         done, total = 0, len(self.parts[part].tensors)
-        for name, tensor in self.tensors(part):  # not enumerate, which keeps its last pair: the tensor must be gone by then
+        for name, tensor in self.tensors(part, dtype, device):  # not enumerate, which keeps its last pair alive
             owner, _, leaf = name.rpartition(".")
-            setattr(module.get_submodule(owner), leaf, nn.Parameter(_owned(tensor, device, dtype), requires_grad=False))
+            setattr(module.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
             del tensor
-            done += 1
+            done += 1  # noqa: SIM113
             if progress is not None:
                 progress(f"loading {part}", done, total)
         return module
-
-
-def _owned(tensor: Tensor, device: torch.device | str, dtype: torch.dtype) -> Tensor:
-    """The tensor on `device` in `dtype`, never sharing memory with the file it came from."""
-    return tensor.to(device=device, dtype=dtype, copy=True)
 
 
 def non_finite(module: nn.Module) -> str | None:

@@ -18,7 +18,6 @@ from .config import LLMConfig
 from .ops import TorchOps
 from .rope import rotate
 
-
 PIECE = 8192  # tokens a feed-forward takes at once; wide enough to keep any device busy
 
 

@@ -25,8 +25,11 @@ def describe(path: str | os.PathLike, vit: str | os.PathLike | None = None, vae:
         part = checkpoint.parts[name]
         if part.tensors:
             files = sorted({str(file.path) for file, _ in part.tensors.values()})
-            dtypes = sorted({str(file.dtypes[key]).removeprefix("torch.") for file, key in part.tensors.values()})
-            parts[name] = {"parameters": part.parameters, "tensors": len(part.tensors), "files": files, "dtypes": dtypes}
+            formats = part.formats
+            plain = {d for n, d in part.dtypes.items() if n.rpartition(".")[0] not in formats}
+            dtypes = sorted({f.name for f in formats.values()} | {str(d).removeprefix("torch.") for d in plain})
+            parts[name] = {"parameters": part.parameters, "bytes": part.nbytes, "tensors": len(part.tensors)}
+            parts[name] |= {"files": files, "dtypes": dtypes}
     weight = {name: part["parameters"] for name, part in parts.items()}
     return {
         "path": str(checkpoint.path),
@@ -54,8 +57,8 @@ def report(described: dict[str, Any]) -> str:
         f"  decoder   {llm['num_layers']} layers, width {llm['hidden_size']}, {llm['num_heads']} heads, {llm['num_kv_heads']} key/value heads",
     ]
     for name, part in described["parts"].items():
-        where = ", ".join(part["files"])
-        lines.append(f"  {name:<9} {NAMES[name]}: {_count(part['parameters'])} parameters, {'/'.join(part['dtypes'])}, {where}")
+        kept = f"{_size(part['bytes'])} as {'/'.join(part['dtypes'])}"
+        lines.append(f"  {name:<9} {NAMES[name]}: {_count(part['parameters'])} parameters, {kept}, in {', '.join(part['files'])}")
     lines += [f"  missing   {name}: pictures cannot be read or made without it" for name in described["missing"]]
     need = described["weights_bytes_bf16"]
     lines.append(

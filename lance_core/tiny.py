@@ -70,7 +70,7 @@ def write(
         weights = {}
         for part in (Understanding(llm, device="meta"), Generation(llm, device="meta")):
             for key, tensor in _random(part, generator, dtype).items():
-                weights[_released_name(key, isinstance(part, Generation))] = tensor
+                weights[released_name(key, isinstance(part, Generation))] = tensor
         if name == "Lance_3B":
             weights["latent_pos_embed.pos_embed"] = torch.zeros(IMAGE_TABLE_ROWS, llm.hidden_size, dtype=torch.float16)
         else:
@@ -82,7 +82,7 @@ def write(
     return root
 
 
-def _released_name(key: str, generation: bool) -> str:
+def released_name(key: str, generation: bool) -> str:
     """A tensor's name in the released model file."""
     if key.startswith(("time_embedder.", "vae2llm.", "llm2vae.")):
         return key

@@ -10,7 +10,9 @@ import json
 import math
 import os
 import pickle
+import shutil
 import zipfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -180,3 +182,68 @@ WeightFile = SafetensorsFile | TorchFile
 def open_weights(path: Path) -> WeightFile:
     """Open by extension: .pth and .pt as torch archives, everything else as safetensors."""
     return TorchFile(path) if path.suffix.lower() in (".pth", ".pt") else SafetensorsFile(path)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A tensor to be written: what it will be, and how to get it when its turn comes."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_safetensors(
+    path: Path, tensors: Sequence[Planned], metadata: Mapping[str, str], progress: Callable[[int, int], None] | None = None
+) -> int:
+    """Write a safetensors file tensor by tensor; the same input gives the same bytes. Returns its size in bytes.
+
+    Written beside its place as NAME.part and put there whole at the end: a reader never sees half a file, and what a
+    killed run left is overwritten by the next.
+
+    Raises:
+        CheckpointError: the disk is too small, or cannot be written.
+    """
+    ordered = sorted(tensors, key=lambda t: (-t.dtype.itemsize, t.name))  # wide types first keeps every tensor aligned
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    at = 0
+    for tensor in ordered:
+        header[tensor.name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, at + tensor.nbytes]}
+        at += tensor.nbytes
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    total = 8 + len(text) + at
+    part = path.with_name(path.name + ".part")
+    try:
+        part.unlink(missing_ok=True)
+        free = shutil.disk_usage(path.parent).free
+        if free < total + (64 << 20):
+            raise CheckpointError(
+                f"{path}: {total / 1e9:.1f} GB are to be written and {free / 1e9:.1f} GB are free in {path.parent}; make room."
+            )
+        with open(part, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            done = 0
+            for tensor in ordered:
+                made = tensor.make().contiguous()
+                if made.dtype != tensor.dtype or tuple(made.shape) != tensor.shape:
+                    raise ValueError(f"{tensor.name}: made {made.dtype} {list(made.shape)}, planned {tensor.dtype} {list(tensor.shape)}")
+                if made.numel():
+                    file.write(memoryview(made.reshape(-1).view(torch.uint8).numpy()))
+                done += tensor.nbytes
+                if progress is not None:
+                    progress(done, at)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be written ({error}).") from None
+    finally:
+        part.unlink(missing_ok=True)
+    return total

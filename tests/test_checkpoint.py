@@ -48,7 +48,7 @@ def test_a_missing_folder(tmp_path):
 
 
 def test_a_file_is_no_folder(checkpoint_copy):
-    refused(checkpoint_copy / "model.safetensors", "is a file", "checkpoint folder")
+    refused(checkpoint_copy / "model.safetensors", "single file without llm_config and tokenizer", "released folder")
 
 
 def test_a_folder_that_is_no_checkpoint(tmp_path):
@@ -145,7 +145,7 @@ DAMAGE = {
     "whole numbers": (
         "model.safetensors",
         lambda t: t.update({"vae2llm.bias": torch.ones(64, dtype=torch.int32)}),
-        ("vae2llm.bias is torch.int32, expected floating point",),
+        ("vae2llm.bias is torch.int32, expected float32",),
     ),
     "ViT missing": (
         "../Qwen2.5-VL-ViT/vit.safetensors",

@@ -103,7 +103,9 @@ def test_subject_image(capsys):
     assert Image.open("s.png").size == (48, 48)
 
 
-@pytest.mark.parametrize(("task", "source", "preset"), [("x2t_image", "photo.png", "image_256res"), ("x2t_video", "clip.mp4", "video_192p")])
+@pytest.mark.parametrize(
+    ("task", "source", "preset"), [("x2t_image", "photo.png", "image_256res"), ("x2t_video", "clip.mp4", "video_192p")]
+)
 def test_questions(capsys, task, source, preset):
     code, result = run(task, "What is this?", source, "--max-new-tokens", "5", "--resolution", preset, capsys=capsys)
     assert code == 0

@@ -12,10 +12,13 @@ import pytest
 CORE = Path(__file__).parent.parent / "lance_core"
 FILES = sorted(CORE.glob("*.py"))
 # A module imports only modules above it.
-ORDER = """
-errors config ops sequence rope cache decoder vit vae_blocks vae_memory vae model sampler preprocess prompts media request weights
-answer checkpoint quantize tiny pipeline __init__ info bench_report bench_cost bench_case bench_tools bench_baseline bench cli __main__
-""".split()
+# fmt: off
+ORDER = [
+    "errors", "config", "ops", "sequence", "rope", "cache", "decoder", "vit", "vae_blocks", "vae_memory", "vae", "model", "sampler",
+    "preprocess", "prompts", "media", "request", "weights", "answer", "quantize", "checkpoint", "tiny", "convert", "transfer", "download", "pipeline", "__init__", "info",
+    "bench_report", "bench_cost", "bench_case", "bench_tools", "bench_baseline", "bench", "cli", "__main__",
+]
+# fmt: on
 HOSTS = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "folder_paths", "server", "nodes", "execution"}
 UNWANTED = HOSTS | {"transformers", "decord", "flash_attn", "xformers", "diffusers", "torchvision", "tests"}
 ALLOWED = {"torch", "safetensors", "einops", "tokenizers", "numpy", "PIL", "imageio", "av", "tqdm"}

@@ -1,0 +1,252 @@
+"""Quantised formats and the single file: what is written, what it costs, and that everything reads it back."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import lance_core
+from lance_core import config, quantize, tiny
+from lance_core.__main__ import main
+from lance_core.checkpoint import Checkpoint
+from lance_core.convert import DTYPES, convert
+from lance_core.errors import CheckpointError, RequestError
+from lance_core.quantize import FORMATS
+from lance_core.weights import SafetensorsFile
+
+ROOT = Path(__file__).resolve().parents[1]
+# Relative drift of a 4-step t2i latent from float32 on these random weights: about twice what was measured.
+DRIFT = {"fp32": 0, "fp16": 0.002, "bf16": 0.01, "int8": 0.03, "fp8": 0.09, "int4": 0.35}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A tiny checkpoint wide enough for groups of 64."""
+    llm = config.LLMConfig(128, 256, 3, 4, 2, 32, 288, 1e6, (4, 6, 6), 1e-6)
+    vit = config.ViTConfig(3, 32, 68, 2, 128, fullatt_block_indexes=(1,))
+    return tiny.write(tmp_path_factory.mktemp("models") / "tiny", llm=llm, vit=vit)
+
+
+def draw(path, **kwargs):
+    lance = lance_core.load(path, dtype=torch.float32, **kwargs)
+    return lance.generate("t2i", "a cat", width=64, height=64, steps=4).latent
+
+
+@pytest.fixture(scope="module")
+def reference(root):
+    return draw(root / "Lance_3B_Video")
+
+
+def weight(n=48, k=192):
+    return torch.randn(n, k, generator=torch.Generator().manual_seed(1)) * torch.linspace(0.1, 3, n)[:, None]
+
+
+@pytest.mark.parametrize(("name", "bound"), [("fp8", 0.03), ("int8", 0.012), ("int4", 0.12)])
+def test_formats_are_near(name, bound):
+    assert 0 < quantize.error_of(weight(), FORMATS[name]) < bound
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_layouts_say_what_encode_makes(name):
+    made = FORMATS[name].encode(weight())
+    assert {k: (t.dtype, tuple(t.shape)) for k, t in made.items()} == FORMATS[name].layout(48, 192)
+
+
+def test_int4_is_two_levels_to_a_byte_low_nibble_first():
+    w = weight(2, 64)
+    made = FORMATS["int4"].encode(w)
+    low = made["weight"].view(torch.uint8)[1, 3] & 15
+    s, z = made["weight_scale"][0, 1].float(), made["weight_zeros"][0, 1].float()
+    assert abs((low.float() - 8) * s + z - w[1, 6]) <= s * 0.51
+    torch.testing.assert_close(FORMATS["int4"].decode(made, torch.float32)[1, 6], (low.float() - 8) * s + z)
+
+
+def test_constant_and_zero_rows_survive():
+    w = weight(4, 64)
+    w[0], w[1] = 0, 2.5
+    for format in FORMATS.values():
+        decoded = format.decode(format.encode(w), torch.float32)
+        assert torch.isfinite(decoded).all()
+        assert decoded[0].abs().max() < 0.01
+        assert (decoded[1] - 2.5).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_dtype_loads_and_drifts_within_bounds(root, reference, tmp_path, dtype):
+    done = convert(root / "Lance_3B_Video", tmp_path / "x.safetensors", dtype)
+    assert done["bytes"] == (tmp_path / "x.safetensors").stat().st_size
+    error = (draw(tmp_path / "x.safetensors") - reference).norm() / reference.norm()
+    assert error <= DRIFT[dtype]
+    if DRIFT[dtype]:
+        assert error > 0
+
+
+def test_smaller_is_smaller(root, tmp_path):
+    parts = {d: convert(root / "Lance_3B_Video", tmp_path / f"{d}.safetensors", d)["parts"]["gen"] for d in ("fp32", "bf16", "fp8", "int4")}
+    assert parts["fp32"] == 2 * parts["bf16"]
+    assert parts["bf16"] > parts["fp8"] > parts["int4"]
+
+
+def test_experts_can_differ_and_precise_tensors_stay(root, tmp_path):
+    path = tmp_path / "mixed.safetensors"
+    convert(root / "Lance_3B", path, "bf16", understanding="int4")
+    parts = Checkpoint(path).parts
+    assert {f.name for f in parts["und"].formats.values()} == {"int4"}
+    assert not parts["gen"].formats
+    precise = {n: d for n, d in parts["und"].dtypes.items() if not n.startswith("layers.") or "norm" in n}
+    assert set(precise.values()) == {torch.bfloat16}
+    assert {"embed_tokens.weight", "lm_head.weight", "norm.weight"} <= precise.keys()
+
+
+def test_the_file_is_the_same_bytes_each_time_and_what_others_read(root, tmp_path):
+    for name in "ab":
+        convert(root / "Lance_3B", tmp_path / f"{name}.safetensors", "int8")
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    with safe_open(str(tmp_path / "a.safetensors"), "pt") as file:
+        layer = "language_model.model.layers.0.mlp_moe_gen.up_proj."
+        assert file.get_tensor(layer + "weight").dtype == torch.int8
+        assert file.get_tensor(layer + "weight_scale").shape == (256, 1)
+        told = json.loads(bytes(file.get_tensor(layer + "comfy_quant").tolist()))
+    assert told == {"format": "int8_tensorwise", "full_precision_matrix_mult": True}
+
+
+def test_fp8_is_in_the_form_old_and_new_hosts_read(root, tmp_path):
+    convert(root / "Lance_3B", tmp_path / "f.safetensors", "fp8")
+    names = SafetensorsFile(tmp_path / "f.safetensors").dtypes
+    assert names["scaled_fp8"] == torch.float8_e4m3fn
+    assert names["language_model.model.layers.1.self_attn.q_proj.scale_weight"] == torch.float32
+    assert not any("comfy_quant" in n for n in names)
+
+
+def test_without_vae_it_is_looked_for_beside(root, tmp_path, reference):
+    done = convert(root / "Lance_3B_Video", tmp_path / "x.safetensors", "fp32", include_vae=False)
+    assert "vae" not in done["parts"]
+    assert lance_core.load(tmp_path / "x.safetensors").config.vae is None
+    with pytest.raises(CheckpointError, match="no VAE"):
+        draw(tmp_path / "x.safetensors")
+    assert torch.equal(draw(tmp_path / "x.safetensors", vae=root / "Wan2.2_VAE.pth"), reference)
+
+
+def test_questions_survive(root, tmp_path):
+    from skimage import data
+
+    convert(root / "Lance_3B", tmp_path / "x.safetensors", "fp32")
+    ask = {"image": data.astronaut(), "max_new_tokens": 6, "resolution": "image_256res"}
+    answers = [
+        lance_core.load(p, dtype=torch.float32).understand("Who?", **ask).token_ids for p in (root / "Lance_3B", tmp_path / "x.safetensors")
+    ]
+    assert answers[0] == answers[1]
+
+
+def test_variant_is_kept(root, tmp_path):
+    for name, variant in (("Lance_3B", "image"), ("Lance_3B_Video", "video")):
+        convert(root / name, tmp_path / f"{name}.safetensors", "bf16")
+        (tmp_path / f"{name}.safetensors").rename(tmp_path / "renamed.safetensors")
+        assert Checkpoint(tmp_path / "renamed.safetensors").config.variant == variant
+
+
+@pytest.mark.parametrize(
+    ("target", "options", "says"),
+    [
+        ("x.safetensors", {"dtype": "int3"}, "int3"),
+        ("x.safetensors", {"generation": "q4"}, "q4"),
+        ("x.bin", {}, "safetensors"),
+        ("missing/x.safetensors", {}, "does not exist"),
+    ],
+)
+def test_wrong_requests(root, tmp_path, target, options, says):
+    with pytest.raises(RequestError, match=says):
+        convert(root / "Lance_3B", tmp_path / target, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_source_is_never_overwritten(root):
+    before = (root / "Lance_3B" / "model.safetensors").read_bytes()
+    with pytest.raises(RequestError, match="choose another name"):
+        convert(root / "Lance_3B", root / "Lance_3B" / "model.safetensors")
+    assert (root / "Lance_3B" / "model.safetensors").read_bytes() == before
+
+
+def test_quantised_files_are_not_quantised_again(root, tmp_path):
+    convert(root / "Lance_3B", tmp_path / "a.safetensors", "int8")
+    with pytest.raises(RequestError, match="convert the original"):
+        convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "int4")
+
+
+def test_a_full_disk_is_told_before_writing(root, tmp_path, monkeypatch):
+    import shutil
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
+    with pytest.raises(CheckpointError, match="make room"):
+        convert(root / "Lance_3B", tmp_path / "a.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_error_leaves_nothing_half_written(root, tmp_path):
+    def stop(what, done, total):
+        if done > total / 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(root / "Lance_3B", tmp_path / "a.safetensors", progress=stop)
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_tools_files_are_read_when_they_say_enough(root, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    convert(root / "Lance_3B", tmp_path / "a.safetensors", "fp32")
+    told = json.loads(SafetensorsFile(tmp_path / "a.safetensors").metadata["lance"])
+    tensors = load_file(tmp_path / "a.safetensors")
+    raw = told["llm_config"] | {"vision_config": told["vit_config"]}
+    save_file(tensors, tmp_path / "b.safetensors", {"config": json.dumps(raw), "tokenizer.json": json.dumps(told["tokenizer"])})
+    assert torch.equal(draw(tmp_path / "b.safetensors"), draw(tmp_path / "a.safetensors"))
+    save_file(tensors, tmp_path / "c.safetensors")
+    with pytest.raises(CheckpointError, match=r"without llm_config and tokenizer.*convert"):
+        draw(tmp_path / "c.safetensors")
+
+
+def test_command_line(root, tmp_path, capsys):
+    target = str(tmp_path / "cli.safetensors")
+    assert main(["convert", str(root / "Lance_3B"), target, "--dtype", "bf16", "--understanding", "int4", "--json", "-q"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["dtypes"] == {"und": "int4", "gen": "bf16", "vit": "bf16", "vae": "bf16"}
+    assert main(["info", target]) == 0
+    assert "int4" in capsys.readouterr().out
+    assert main(["convert", str(root / "Lance_3B"), str(tmp_path / "x.bin")]) == 2
+
+
+def test_killed_conversions_are_made_good_by_the_next(root, tmp_path):
+    command = [sys.executable, "-c", _SLOW, str(root / "Lance_3B"), str(tmp_path / "k.safetensors")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    killed = 0
+    for attempt in range(10):
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE)
+        process.stdout.readline()  # writing has begun
+        time.sleep(0.01 * attempt)
+        process.send_signal(signal.SIGKILL)
+        killed += process.wait() == -signal.SIGKILL
+        assert not (tmp_path / "k.safetensors").exists()
+    assert killed == 10
+    convert(root / "Lance_3B", tmp_path / "k.safetensors")
+    assert [p.name for p in tmp_path.iterdir()] == ["k.safetensors"]
+    Checkpoint(tmp_path / "k.safetensors")
+
+
+_SLOW = """
+import sys, time
+from lance_core.convert import convert
+def slow(what, done, total):
+    print(done, flush=True)
+    time.sleep(0.01)
+convert(sys.argv[1], sys.argv[2], progress=slow)
+"""
