@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import LanceConfig, Shapes, llm_config, read_json, vae_config, variant_of, vit_config
+from .config import LanceConfig, Shapes, llm_config, numbered, read_json, vae_config, variant_of, vit_config
 from .errors import CheckpointError
 from .model import Generation, Understanding
 from .ops import TorchOps
@@ -155,6 +155,9 @@ class Checkpoint:
                 f"{self.path}: the tokeniser has {len(self.tokenizer)} tokens, the embeddings {llm.vocab_size} rows: they are of two models."
             )
         vision = vit_config(vit_raw, str(self.path)) if vit_raw else None
+        blocks = numbered(self.parts["vit"].shapes, "blocks.", str(self.path))
+        if vision and vision.depth != blocks:
+            raise CheckpointError(f"{self.path}: the ViT's configuration says {vision.depth} blocks, its file has {blocks}: they are of two models.")
         wan = vae_config(self.parts["vae"].shapes, str(vae_path)) if vae_path else None
         variant = told.get("variant")
         variant = variant if variant in ("image", "video") else variant_of(file.shapes, self.path.name)

@@ -127,10 +127,7 @@ def llm_config(raw: Mapping[str, Any], shapes: Shapes, where: str) -> LLMConfig:
     vocab, hidden = matrix(shapes, "language_model.model.embed_tokens.weight", where)
     head_dim = vector(shapes, "language_model.model.layers.0.self_attn.q_norm.weight", where)
     inter, _ = matrix(shapes, "language_model.model.layers.0.mlp.gate_proj.weight", where)
-    layers = 1 + max(
-        (int(k.split(".")[3]) for k in shapes if k.startswith("language_model.model.layers.") and k.split(".")[3].isdecimal()),
-        default=-1,
-    )
+    layers = numbered(shapes, "language_model.model.layers.", where)
     scaling = raw.get("rope_scaling") or {}
     section = scaling.get("mrope_section") if isinstance(scaling, Mapping) else None
     if not (isinstance(section, list) and len(section) == 3 and all(isinstance(s, int) and s >= 0 for s in section)):
@@ -238,6 +235,20 @@ def matrix(shapes: Shapes, key: str, where: str) -> tuple[int, ...]:
 def vector(shapes: Shapes, key: str, where: str) -> int:
     """Length of a tensor of one dimension."""
     return shape(shapes, key, where, 1)[0]
+
+
+def numbered(shapes: Shapes, prefix: str, where: str) -> int:
+    """How many layers PREFIX0, PREFIX1, … the tensors' names count; a name from a stranger decides no allocation.
+
+    Raises:
+        CheckpointError: a number is missing.
+    """
+    found = {k[len(prefix) :].split(".")[0] for k in shapes if k.startswith(prefix)}
+    if found != {str(i) for i in range(len(found))}:
+        raise CheckpointError(
+            f"{where}: the tensors of {prefix}* are not numbered 0 to {len(found) - 1}: some are missing. Download it again."
+        )
+    return len(found)
 
 
 def positive(raw: Mapping[str, Any], key: str, where: str) -> int:

@@ -34,6 +34,8 @@ SYSTEM_PROMPTS = {
 
 SPECIALS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>")
 
+MAX_ID = 1 << 24
+
 # Qwen2's pre-tokenisation pattern, needed where a checkpoint has vocab.json and merges.txt only.
 QWEN2_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
@@ -52,6 +54,8 @@ class Tokenizer:
     def __init__(self, definition: dict, where: str) -> None:
         try:
             added = {t["content"]: int(t["id"]) for t in definition.get("added_tokens") or []}
+            if not all(0 <= i < MAX_ID for i in added.values()):
+                raise ValueError("an added token's id is out of range")
             plain = {k: v for k, v in definition.items() if k != "added_tokens"} | {"added_tokens": [], "post_processor": None}
             self._tokenizer = _Tokenizer.from_str(json.dumps(plain))
             self._special_text = {i: text for text, i in added.items()}
