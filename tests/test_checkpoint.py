@@ -209,7 +209,7 @@ def test_configurations_that_disagree(checkpoint_copy, changes, words):
 
 
 VIT_CONFIGS = {
-    "depth": ({"depth": 4}, ("missing tensor blocks.3.",)),
+    "depth": ({"depth": 4}, ("says 4 blocks", "its file has 3")),
     "width": ({"hidden_size": 64}, ("expected [64",)),
     "out": ({"out_hidden_size": 32}, ("width 32", "64", "two models")),
     "heads": ({"num_heads": 5}, ("32 does not divide into 5 heads",)),

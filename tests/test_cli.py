@@ -70,7 +70,8 @@ def test_multi_turn_editing_edits_the_last_result(capsys):
     assert code == 0
     assert [f["file"] for f in result["files"]] == ["e_1.png", "e.png"]
     assert result["files"][1]["turns"] == ["make it blue", "now red"]
-    run(*(a if a != "photo.png" else "e_1.png" for a in args[:1] + ("now red",) + args[2:4]), "again.png", *args[5:], capsys=capsys)
+    again = ("image_edit", "now red", "e_1.png", "-o", "again.png", *args[5:])
+    run(*again, capsys=capsys)
     difference = np.asarray(Image.open("e.png")).astype(int) - np.asarray(Image.open("again.png"))
     assert np.abs(difference).mean() < 1  # the picture went through 8 bits on the way
 
