@@ -109,6 +109,8 @@ def parser() -> argparse.ArgumentParser:
     shrink.add_argument("-q", "--quiet", action="store_true", help="no progress bars")
     speed = commands.add_parser("bench", help="measure speed and memory on this machine")
     bench.add_arguments(speed)
+    speed.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    speed.add_argument("-q", "--quiet", action="store_true", help="no progress bars")
     return top
 
 
