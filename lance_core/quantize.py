@@ -27,45 +27,63 @@ Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 @dataclass(frozen=True)
 class Format:
-    """One way to keep a weight [N, K]. host: its name in ComfyUI's `comfy_quant` (None for the older scaled fp8)."""
+    """One way to keep a weight [N, K].
+
+    host: its name in ComfyUI's `comfy_quant` (None for the older scaled fp8). layout: dtypes and shapes of its tensors.
+    scales: weight -> the tensors beside it. levels: weight and those -> the quantised tensor. decode: back.
+    """
 
     name: str
     host: str | None
     layout: Callable[[int, int], Layout]
-    encode: Callable[[Tensor], dict[str, Tensor]]
+    scales: Callable[[Tensor], dict[str, Tensor]]
+    levels: Callable[[Tensor, Mapping[str, Tensor]], Tensor]
     decode: Callable[[Mapping[str, Tensor], torch.dtype], Tensor]
+
+    def encode(self, weight: Tensor) -> dict[str, Tensor]:
+        """The tensors that stand for a weight."""
+        weight = weight.float()
+        beside = self.scales(weight)
+        return {"weight": self.levels(weight, beside), **beside}
 
     def fits(self, n: int, k: int) -> bool:
         """Whether a weight of this shape can be kept so."""
         return self.name != "int4" or k % GROUP == 0
 
 
-def _fp8_encode(weight: Tensor) -> dict[str, Tensor]:
-    weight = weight.float()
-    scale = (weight.abs().amax() / FP8_MAX).clamp(min=1e-12)
-    return {"weight": (weight / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), "weight_scale": scale}
+def _fp8_scales(weight: Tensor) -> dict[str, Tensor]:
+    return {"weight_scale": (weight.abs().amax() / FP8_MAX).clamp(min=1e-12)}
 
 
-def _int8_encode(weight: Tensor) -> dict[str, Tensor]:
-    weight = weight.float()
-    scale = (weight.abs().amax(1, keepdim=True) / 127).clamp(min=1e-12)
-    return {"weight": (weight / scale).round().clamp(-127, 127).to(torch.int8), "weight_scale": scale}
+def _fp8_levels(weight: Tensor, beside: Mapping[str, Tensor]) -> Tensor:
+    return (weight / beside["weight_scale"]).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+
+
+def _int8_scales(weight: Tensor) -> dict[str, Tensor]:
+    return {"weight_scale": (weight.abs().amax(1, keepdim=True) / 127).clamp(min=1e-12)}
+
+
+def _int8_levels(weight: Tensor, beside: Mapping[str, Tensor]) -> Tensor:
+    return (weight / beside["weight_scale"]).round().clamp(-127, 127).to(torch.int8)
 
 
 def _scaled_decode(parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
     return parts["weight"].to(dtype) * parts["weight_scale"].to(dtype)
 
 
-def _int4_encode(weight: Tensor) -> dict[str, Tensor]:
-    groups = weight.float().unflatten(1, (-1, GROUP))  # [N, K/64, 64]
+def _int4_scales(weight: Tensor) -> dict[str, Tensor]:
+    groups = weight.unflatten(1, (-1, GROUP))  # [N, K/64, 64]
     low, high = groups.amin(-1), groups.amax(-1)
-    # Rounded first, so that the levels are chosen against the scale and zero that will be used.
+    # bfloat16 before the levels are chosen, so that these are chosen against the scale and zero that will be used.
     scale = ((high - low) / 15).clamp(min=1e-12).bfloat16()
     zero = (low + 8 * scale.float()).bfloat16()
-    levels = ((groups - zero.float()[..., None]) / scale.float()[..., None]).round().add(8).clamp(0, 15)
-    levels = levels.flatten(1).to(torch.uint8)
-    packed = (levels[:, 0::2] | levels[:, 1::2] << 4).view(torch.int8)
-    return {"weight": packed, "weight_scale": scale.T.contiguous(), "weight_zeros": zero.T.contiguous()}
+    return {"weight_scale": scale.T.contiguous(), "weight_zeros": zero.T.contiguous()}
+
+
+def _int4_levels(weight: Tensor, beside: Mapping[str, Tensor]) -> Tensor:
+    scale, zero = (beside[name].T.float()[..., None] for name in SIDE_TENSORS)
+    levels = ((weight.unflatten(1, (-1, GROUP)) - zero) / scale).round().add(8).clamp(0, 15).flatten(1).to(torch.uint8)
+    return (levels[:, 0::2] | levels[:, 1::2] << 4).view(torch.int8)
 
 
 def _int4_decode(parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
@@ -75,6 +93,7 @@ def _int4_decode(parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
     return (groups * parts["weight_scale"].T[..., None].to(dtype) + parts["weight_zeros"].T[..., None].to(dtype)).flatten(1)
 
 
+SIDE_TENSORS = ("weight_scale", "weight_zeros")
 FORMATS = {
     f.name: f
     for f in (
@@ -82,14 +101,16 @@ FORMATS = {
             "fp8",
             None,
             lambda n, k: {"weight": (torch.float8_e4m3fn, (n, k)), "weight_scale": (torch.float32, ())},
-            _fp8_encode,
+            _fp8_scales,
+            _fp8_levels,
             _scaled_decode,
         ),
         Format(
             "int8",
             "int8_tensorwise",
             lambda n, k: {"weight": (torch.int8, (n, k)), "weight_scale": (torch.float32, (n, 1))},
-            _int8_encode,
+            _int8_scales,
+            _int8_levels,
             _scaled_decode,
         ),
         Format(
@@ -100,12 +121,12 @@ FORMATS = {
                 "weight_scale": (torch.bfloat16, (k // GROUP, n)),
                 "weight_zeros": (torch.bfloat16, (k // GROUP, n)),
             },
-            _int4_encode,
+            _int4_scales,
+            _int4_levels,
             _int4_decode,
         ),
     )
 }
-SIDE_TENSORS = ("weight_scale", "weight_zeros")
 ON_DISK = {"fp8": {"weight_scale": "scale_weight"}}  # ComfyUI's older name, which old and new hosts both read
 IGNORED_SUFFIXES = ("comfy_quant", "scale_input", "input_scale")  # what says or serves other kernels, not the numbers
 

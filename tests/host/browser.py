@@ -150,7 +150,8 @@ class ComfyPage:
 
     def graph(self) -> dict[str, Any]:
         """The graph as it would be saved."""
-        return self.page.evaluate("() => app.graph.serialize()")
+        # By way of JSON, as saving goes: the page's undefined is dropped, not turned into null.
+        return json.loads(self.page.evaluate("() => JSON.stringify(app.graph.serialize())"))
 
     def prompt(self) -> dict[str, Any]:
         """The API-format workflow that Run would send."""
