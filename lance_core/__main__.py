@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from . import bench, convert, info, media, tiny
+from . import bench, convert, download, info, media, tiny
 from .answer import Piece
 from .errors import LanceError, RequestError
 from .pipeline import Generated, Lance, load
@@ -96,6 +96,10 @@ def parser() -> argparse.ArgumentParser:
     small.add_argument("folder", metavar="DIR")
     small.add_argument("--seed", type=int, default=0)
     small.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    fetch = commands.add_parser("download", help="fetch a released checkpoint; without a name, list what there is")
+    download.add_arguments(fetch)
+    fetch.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    fetch.add_argument("-q", "--quiet", action="store_true", help="no progress bars")
     shrink = commands.add_parser("convert", help="write a checkpoint as one file, smaller if wanted")
     shrink.add_argument("source", metavar="SRC", help="checkpoint folder or file")
     shrink.add_argument("target", metavar="DST", help="the .safetensors file to write")
@@ -265,6 +269,11 @@ def _dispatch(args: argparse.Namespace, bars: Bars) -> dict[str, Any]:
         )
         if not args.json:
             print(convert.report(result))
+        return result
+    if args.command == "download":
+        result = download.run(args, bars)
+        if not args.json:
+            print(download.report(result))
         return result
     if args.command == "bench":
         result = bench.run(args, bars)
