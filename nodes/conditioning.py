@@ -8,7 +8,9 @@ and once for the positive and negative of one encode, which share their prefix.
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from ..lance_core import prompts
 from ..lance_core.errors import RequestError
 from ..lance_core.model import Branch, DualExpert, Plan, Prepared
 from ..lance_core.prompts import Tokenizer
+from ..lance_core.request import check_size, resolve_frames
 from ..lance_core.sequence import Kind, Role, Segment
 
 KEY = "lance"
@@ -50,6 +53,8 @@ class Request:
         return Prepared(sequence, Plan.of(sequence, self.tokens_per_second, True, negative))
 
     def _check(self, grid: tuple[int, int, int]) -> None:
+        check_size(grid[2] * 16, grid[1] * 16)
+        resolve_frames(4 * grid[0] - 3)
         if not self.video and grid[0] > 1:
             raise RequestError(
                 f"The latent has {grid[0]} latent frames and the prompt was encoded for an image: set Lance Text Encode's target to "
@@ -67,10 +72,13 @@ class Request:
         """Latent tokens of the references, which take the first rows of the starting noise."""
         return sum(s.visual for s in self.segments if s.kind is Kind.CLEAN)
 
-    @property
-    def tokens(self) -> int:
-        """About how many tokens the context has, for memory estimates: ids counted, not encoded."""
-        return sum(s.length for s in self.segments) + len(self.system) // 2 + len(self.caption) + len(self.negative or "") + 64
+    @cached_property
+    def context_tokens(self) -> int:
+        """Tokens whose keys and values the context of both sides holds; the target is not among them."""
+        sequence = prompts.generation(self.tokenizer, self.system, self.segments, self.caption, (1, 1, 1))
+        negative = self.tokenizer.encode(self.negative) if self.negative else None
+        prefix, rests = Plan.of(sequence, self.tokens_per_second, True, negative).lengths
+        return prefix + sum(rests)
 
 
 def pixels(grid: tuple[int, int, int]) -> str:
@@ -90,8 +98,11 @@ class Prompt:
         """The unconditional side without any negative prompt; the same object each time."""
         if self.request.negative is None:
             return Prompt(self.request, False)
-        plain = self.__dict__.setdefault("_plain", Request(**{**self.request.__dict__, "negative": None}))
-        return Prompt(plain, False)
+        return Prompt(self._plain, False)
+
+    @cached_property
+    def _plain(self) -> Request:
+        return replace(self.request, negative=None)
 
     def conditioning(self) -> list:
         """As ComfyUI's CONDITIONING."""
@@ -108,6 +119,8 @@ def prompt_of(conds: dict[str, Any]) -> Prompt:
     if not isinstance(prompt, Prompt):
         raise RequestError("This model is Lance, and the conditioning was not made for it: encode the prompt with Lance Text Encode.")
     cross = conds.get("cross_attn")
+    if isinstance(cross, Tensor) and cross.shape[1:2] != (1,):
+        raise RequestError("Lance's prompts cannot be concatenated: write both into one prompt, or use Conditioning (Combine).")
     if isinstance(cross, Tensor) and not bool(cross.any()):
         return prompt.zeroed()
     return prompt
@@ -139,30 +152,57 @@ class Rows:
     def __init__(self, model: DualExpert, branches: list[Branch]) -> None:
         self.model, self.branches = model, branches
 
-    def fill(self) -> None:
-        """Compute the contexts that are still missing."""
+    def fill(self, grid: tuple[int, int, int]) -> None:
+        """Compute the contexts that are still missing.
+
+        Raises:
+            RequestError: they were prepared for another size than the `grid` that is to be denoised.
+        """
         for branch in self.branches:
-            self.model.fill(branch.prepared, branch.index)
+            prepared = branch.prepared
+            if prepared.sequence.target.grid != grid:
+                raise RequestError(
+                    f"A node between Lance Loader and the sampler denoises {pixels(grid)} of a latent of "
+                    f"{pixels(prepared.sequence.target.grid)}; Lance cannot be cut up like that: remove it (context windows, for instance)."
+                )
+            self.model.fill(prepared, branch.index)
 
     def per_row(self, batch: int) -> list[Branch]:
         return [self.branches[r * len(self.branches) // batch] for r in range(batch)]
 
 
+class ContextShape(list):
+    """[1, 1, tokens] for the host's memory estimates, which can tell from it which conditionings share one context."""
+
+    def __init__(self, request: Request) -> None:
+        super().__init__([1, 1, request.context_tokens])
+        self.request = request
+
+
 class RowsCond:
-    """ComfyUI's condition protocol over `Rows`, so that positive and negative can run in one forward."""
+    """ComfyUI's condition protocol over `Rows`, so that positive and negative can run in one forward.
 
-    def __init__(self, cond: Rows, joinable: bool = True) -> None:
-        self.cond, self.joinable = cond, joinable
+    at: the branch for a target of another grid, for conditionings that are set to an area.
+    """
 
-    def process_cond(self, batch_size: int, **kwargs: Any) -> RowsCond:
-        return RowsCond(self.cond, self.joinable)
+    def __init__(self, model: DualExpert, at: Callable[[tuple], Branch], grid: tuple[int, int, int], joinable: bool = True) -> None:
+        self.model, self.at, self.joinable = model, at, joinable
+        self.cond = Rows(model, [at(grid)])
+
+    @classmethod
+    def of(cls, model: DualExpert, store: Store, prompt: Prompt, grid: tuple[int, int, int], weights: Any, joinable: bool) -> RowsCond:
+        """What `LanceModel.extra_conds` gives; branches stay alive with it."""
+        return cls(model, cache(lambda grid: store.branch(prompt, grid, weights)), grid, joinable)
+
+    def process_cond(self, batch_size: int, area: Any = None, **kwargs: Any) -> RowsCond:
+        grid = self.cond.branches[0].prepared.sequence.target.grid if area is None else tuple(area[: len(area) // 2])
+        return RowsCond(self.model, self.at, grid, self.joinable)
 
     def can_concat(self, other: Any) -> bool:
         return isinstance(other, RowsCond) and self.joinable and other.joinable
 
     def concat(self, others: list[RowsCond]) -> Rows:
-        return Rows(self.cond.model, [b for c in (self, *others) for b in c.cond.branches])
+        return Rows(self.model, [b for c in (self, *others) for b in c.cond.branches])
 
-    def size(self) -> list[int]:
-        prefix, rests = self.cond.branches[0].prepared.plan.lengths
-        return [1, 1, prefix + sum(rests)]
+    def size(self) -> ContextShape:
+        return ContextShape(self.cond.branches[0].prepared.request)

@@ -6,6 +6,7 @@ Written for 0.3.60 to 0.38. Feature-tested, never version-tested.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any
 
 import comfy.model_management as mm
@@ -19,19 +20,47 @@ from torch import Tensor, nn
 FLOAT_DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
-def patcher_class() -> type:
-    """The ModelPatcher this host constructs itself: newer ones choose a dynamic one at start."""
-    return getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
+def patcher_class(disable_dynamic: bool = False) -> type:
+    """The ModelPatcher this host constructs itself: newer ones choose a dynamic one at start, so ask late."""
+    plain = comfy.model_patcher.ModelPatcher
+    return plain if disable_dynamic else getattr(comfy.model_patcher, "CoreModelPatcher", plain)
 
 
-def make_patcher(model: nn.Module, cls: type | None = None, load_device: Any = None, offload_device: Any = None) -> Any:
-    """A patcher over a module that has no weights yet (see `fill`); by default on the devices for diffusion models."""
-    archive = getattr(comfy.model_patcher, "archive_model_dtypes", None) or getattr(comfy.ops, "archive_model_dtypes", None)
-    if archive is not None:
-        archive(model)
-    load_device, offload_device = load_device or mm.get_torch_device(), offload_device or mm.unet_offload_device()
-    # A size of 1 keeps older patchers from measuring the module before it has weights; `fill` sets the real one.
-    return (cls or patcher_class())(model, load_device=load_device, offload_device=offload_device, size=1)
+@cache
+def _with(mixin: type, base: type) -> type:
+    return type(mixin.__name__.lstrip("_") + base.__name__, (mixin, base), {})
+
+
+def make_patcher(
+    model: nn.Module, mixin: type | None = None, load_device: Any = None, offload_device: Any = None, disable_dynamic: bool = False
+) -> Any:
+    """A patcher over a module that has no weights yet (see `fill`); by default on the devices for diffusion models.
+
+    mixin: behaviour to put in front of the host's class.
+    """
+    if hasattr(mm, "archive_model_dtypes"):
+        mm.archive_model_dtypes(model)
+    # A size of 1 keeps the patcher from measuring the module before it has weights; `fill` sets the real one.
+    given = {
+        "load_device": load_device or mm.get_torch_device(),
+        "offload_device": offload_device or mm.unet_offload_device(),
+        "size": 1,
+    }
+    base = patcher_class(disable_dynamic)
+    if mixin is None:
+        return base(model, **given)
+    patcher = _with(mixin, base)(model, **given)
+    # The dynamic class makes a plain one instead of itself for a CPU: then that is what to build on.
+    return patcher if isinstance(patcher, mixin) else _with(mixin, type(patcher))(model, **given)
+
+
+def reloadable(patchers: Iterable[Any], load: Callable[..., Any], *args: Any) -> None:
+    """Tell newer hosts how to make the patchers once more: `load(*args, disable_dynamic=...)` gives all of them in order.
+
+    They ask for it where weights must not be shared: several GPUs, conditioning hooks.
+    """
+    for index, patcher in enumerate(patchers):
+        patcher.cached_patcher_init = (load, args, index)
 
 
 def fill(patcher: Any, module: nn.Module, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, total: int) -> None:
@@ -58,7 +87,28 @@ def weight_dtypes(choice: str, parameters: int) -> tuple[torch.dtype, torch.dtyp
 
 def operations(stored: torch.dtype, compute: torch.dtype) -> Any:
     """The host's layer classes for weights kept in one dtype and used in another."""
-    return comfy.ops.pick_operations(stored, None if stored == compute else compute, load_device=mm.get_torch_device())
+    return _operations(
+        comfy.ops.pick_operations(stored, None if stored == compute else compute, load_device=mm.get_torch_device()), compute
+    )
+
+
+@cache
+def _operations(picked: type, compute: torch.dtype) -> type:
+    class Embedding(picked.Embedding):
+        """Told what to look up in: the host's own looks up in whatever dtype is kept, which not every device can in fp8."""
+
+        def forward(self, ids: Tensor, **kwargs: Any) -> Tensor:
+            return super().forward(ids, out_dtype=compute, **kwargs)
+
+    class Conv3d(picked.Conv3d):
+        """Looks at the user's interrupt, as `attention` does: a picture is one single step of the VAE."""
+
+        def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+            if not torch.compiler.is_compiling():
+                mm.throw_exception_if_processing_interrupted()
+            return super().forward(*args, **kwargs)
+
+    return type(picked.__name__, (picked,), {"Embedding": Embedding, "Conv3d": Conv3d})
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:

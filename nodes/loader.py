@@ -58,10 +58,26 @@ def load(name: str, dtype: str):
     Raises:
         CheckpointError: not there, or damaged.
     """
+    checkpoint = _open(name)
+    main, und, vit, compute = _patchers(checkpoint, dtype)
+    host.reloadable([p for p in (main, und, vit) if p], reload, name, dtype)
+    return main, Lance(checkpoint.config, checkpoint.tokenizer, und, vit, compute, name), LanceVAE(checkpoint)
+
+
+def reload(name: str, dtype: str, disable_dynamic: bool = False) -> list:
+    """Patchers of a checkpoint with weights of their own, in the order in which `load` makes them."""
+    return [p for p in _patchers(_open(name), dtype, disable_dynamic)[:3] if p]
+
+
+def _open(name: str) -> Checkpoint:
     path = checkpoints().get(name)
     if path is None:
         raise CheckpointError(f"The checkpoint {name!r} is not there any more. {missing_message()}")
-    checkpoint = Checkpoint(path)
+    return Checkpoint(path)
+
+
+def _patchers(checkpoint: Checkpoint, dtype: str, disable_dynamic: bool = False):
+    """Patchers of the generation expert, the understanding expert and the vision tower (or None); and the compute dtype."""
     config = checkpoint.config
     stored, compute = host.weight_dtypes(dtype, checkpoint.parts["gen"].parameters + checkpoint.parts["und"].parameters)
     ops = host.operations(stored, compute)
@@ -70,13 +86,13 @@ def load(name: str, dtype: str):
         host.fill(patcher, module, checkpoint.tensors(which), stored, len(checkpoint.parts[which].tensors))
 
     understanding = Understanding(config.llm, ops, device="meta", dtype=stored).eval()
-    und = host.make_patcher(understanding)
+    und = host.make_patcher(understanding, disable_dynamic=disable_dynamic)
     part("und", understanding, und)
-    main = model.build(config.llm, stored, compute, und)
+    main = model.build(config.llm, stored, compute, und, disable_dynamic)
     part("gen", main.model.diffusion_model, main)
     vit = None
     if config.vit is not None:
         tower = VisionTower(config.vit, ops, device="meta", dtype=stored, attention=host.attention).eval()
-        vit = host.make_patcher(tower)
+        vit = host.make_patcher(tower, disable_dynamic=disable_dynamic)
         part("vit", tower, vit)
-    return main, Lance(config, checkpoint.tokenizer, und, vit, compute, name), LanceVAE(checkpoint)
+    return main, und, vit, compute

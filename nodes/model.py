@@ -4,7 +4,7 @@ expert beside it as an additional model. Thin: the mathematics is lance_core's.
 
 from __future__ import annotations
 
-from functools import cached_property
+import math
 from typing import Any
 
 import comfy.conds
@@ -20,7 +20,8 @@ from torch import Tensor
 from ..lance_core.config import LLMConfig
 from ..lance_core.model import DualExpert, Generation
 from . import host
-from .conditioning import Rows, RowsCond, Store, prompt_of
+from .conditioning import ContextShape, Rows, RowsCond, Store, prompt_of
+from .vision import check_latent
 
 UND = "lance_und"
 UND_PREFIX = "diffusion_model.understanding."  # how LoRAs name the other expert's layers
@@ -29,9 +30,9 @@ UND_PREFIX = "diffusion_model.understanding."  # how LoRAs name the other expert
 class LanceConfig(comfy.supported_models_base.BASE):
     """What ComfyUI wants to know of a model family."""
 
-    unet_extra_config = {}  # noqa: RUF012
+    unet_extra_config = {}
     latent_format = comfy.latent_formats.Wan22
-    sampling_settings = {"shift": 3.5}  # noqa: RUF012
+    sampling_settings = {"shift": 3.5}
     supported_inference_dtypes = host.FLOAT_DTYPES
 
 
@@ -92,30 +93,29 @@ class LanceModel(comfy.model_base.BaseModel):
     def extra_conds(self, **kwargs: Any) -> dict[str, Any]:
         """Called once a conditioning and sampling run, weights loaded: which context its rows run against."""
         noise, patcher = kwargs["noise"], self.current_patcher
-        weights = (patcher.patches_uuid, self.understanding.patches_uuid)
-        branch = self.store.branch(prompt_of(kwargs), tuple(noise.shape[2:]), weights)
-        rows = Rows(self.experts(kwargs["device"]), [branch])
+        # What decides the weights a context is computed with; conditioning hooks change them from one conditioning to the next.
+        weights = (patcher.patches_uuid, self.understanding.patches_uuid, kwargs.get("hooks"))
         # The stock EasyCache of older hosts mistakes a guidance batch for one prediction.
         joinable = not host.has_wrapper(patcher, px.WrappersMP.DIFFUSION_MODEL, "easycache")
-        out = {"lance": RowsCond(rows, joinable)}
+        experts, grid = self.experts(kwargs["device"]), tuple(noise.shape[2:])
+        out = {"lance": RowsCond.of(experts, self.store, prompt_of(kwargs), grid, weights, joinable)}
         mask = kwargs.get("denoise_mask")
         if mask is not None:
             clean = clean_frames(mask)
             if bool(clean.any()):
                 out["lance_clean"] = comfy.conds.CONDRegular(clean.to(noise.dtype))
-                out["lance_latent"] = comfy.conds.CONDRegular(kwargs["latent_image"])
+                out["lance_latent"] = comfy.conds.CONDNoiseShape(kwargs["latent_image"])
         return out
 
     def extra_conds_shapes(self, **kwargs: Any) -> dict[str, Any]:
-        prompt = prompt_of(kwargs)
-        return {"lance": [1, 1, prompt.request.tokens]}
+        return {"lance": ContextShape(prompt_of(kwargs).request)}
 
     def process_timestep(self, timestep: Tensor, x: Tensor | None = None, lance_clean: Tensor | None = None, **kwargs: Any) -> Tensor:
         """Frames that are kept clean are at timestep 0: [b] -> [b, t] where there are any."""
         return timestep if lance_clean is None else timestep[:, None] * (1 - lance_clean.to(timestep))
 
     def _apply_model(self, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        kwargs["lance"].fill()  # here, outside of what may be compiled or cached
+        kwargs["lance"].fill(tuple(x.shape[2:]))  # here, outside of what may be compiled or cached
         clean, latent = kwargs.get("lance_clean"), kwargs.pop("lance_latent", None)
         kwargs.pop("c_crossattn", None)
         if clean is None:
@@ -124,19 +124,23 @@ class LanceModel(comfy.model_base.BaseModel):
         # Guidance takes the velocity to be (x - denoised) / sigma, and its norm is over all frames, clean ones included.
         return super()._apply_model(shown, t, *args, **kwargs) + (x - shown)
 
+    def process_latent_in(self, latent: Tensor) -> Tensor:
+        check_latent(latent)
+        return super().process_latent_in(latent)
+
     # -- memory -------------------------------------------------------------------------------------------------
 
     def memory_required(self, input_shape: list[int], cond_shapes: dict[str, Any] | None = None, **kwargs: Any) -> float:
         """Bytes one forward of input_shape [b, 48, t, h, w] needs beyond the weights: keys, values and activations.
 
         Per target token and row: the feed-forward's three intermediate tensors, q/k/v and their rotated float32 copies, and
-        a handful of hidden-width tensors; per context or target token and layer: one key and value.
+        a handful of hidden-width tensors. Per layer and token of every request's context and target: one key and value.
         """
         llm, size = self.llm, self.compute_dtype.itemsize
-        rows = input_shape[0]
-        tokens = int(torch.tensor(input_shape[2:]).prod()) + 2
-        context = sum(int(s[-1]) for s in (cond_shapes or {}).get("lance", []))
-        kv = 2 * llm.num_kv_heads * llm.head_dim * size * llm.num_layers * (context + tokens)
+        rows, tokens = input_shape[0], math.prod(input_shape[2:]) + 2
+        # Positive and negative of one encode share a context.
+        contexts = {id(getattr(s, "request", s)): int(s[-1]) for s in (cond_shapes or {}).get("lance", [])}
+        kv = 2 * llm.num_kv_heads * llm.head_dim * size * llm.num_layers * sum(c + tokens for c in contexts.values())
         heads = (llm.num_heads + 2 * llm.num_kv_heads) * llm.head_dim
         per_token = (3 * llm.intermediate_size + 2 * heads + 6 * llm.hidden_size) * size + 12 * llm.num_heads * llm.head_dim
         return float(kv + rows * tokens * per_token + tokens * llm.hidden_size * size)
@@ -167,7 +171,7 @@ def restore_clean(
     out = executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
     if denoise_mask is None:
         return out
-    mask = comfy.utils.reshape_mask(denoise_mask, noise.shape) if denoise_mask.ndim != noise.ndim else denoise_mask
+    mask = comfy.utils.reshape_mask(denoise_mask, noise.shape)  # as the sampler does it
     return torch.where(mask.to(out.device) == 0, latent_image.to(out), out)
 
 
@@ -194,18 +198,7 @@ def _rename(key: Any) -> Any:
     return key.removeprefix(UND_PREFIX) if isinstance(key, str) else (key[0].removeprefix(UND_PREFIX), *key[1:])
 
 
-class _Classes:
-    """Built when first needed: the host decides its patcher class at start-up, after this module is imported."""
-
-    @cached_property
-    def patcher(self) -> type:
-        return type("LancePatcher", (_Routing, host.patcher_class()), {})
-
-
-_classes = _Classes()
-
-
-def build(llm: LLMConfig, stored: torch.dtype, compute: torch.dtype, understanding: Any) -> Any:
+def build(llm: LLMConfig, stored: torch.dtype, compute: torch.dtype, understanding: Any, disable_dynamic: bool = False) -> Any:
     """A MODEL patcher without weights; give it some with `host.fill`.
 
     understanding: the patcher of the understanding expert.
@@ -215,7 +208,7 @@ def build(llm: LLMConfig, stored: torch.dtype, compute: torch.dtype, understandi
     config.custom_operations = host.operations(stored, compute)
     model = LanceModel(config, llm, understanding.model)
     model.device = mm.unet_offload_device()
-    patcher = host.make_patcher(model, _classes.patcher)
+    patcher = host.make_patcher(model, _Routing, disable_dynamic=disable_dynamic)
     patcher.set_additional_models(UND, [understanding])
     patcher.add_wrapper_with_key(px.WrappersMP.OUTER_SAMPLE, "lance_restore", restore_clean)
     return patcher

@@ -57,7 +57,7 @@ class EmptyLanceLatent(io.ComfyNode):
                 _frames_input(1),
                 io.Int.Input("batch_size", **BATCH),
             ],
-            outputs=[io.Latent.Output("latent")],
+            outputs=[io.Latent.Output("latent", display_name="latent")],
         )
 
     @classmethod
@@ -91,7 +91,9 @@ class LanceImageToVideoLatent(io.ComfyNode):
                 _frames_input(49),
                 io.Int.Input("batch_size", **BATCH),
             ],
-            outputs=[io.Latent.Output("latent", tooltip="With a noise mask that keeps the first frame; for any sampler.")],
+            outputs=[
+                io.Latent.Output("latent", display_name="latent", tooltip="With a noise mask that keeps the first frame; for any sampler.")
+            ],
         )
 
     @classmethod
@@ -124,17 +126,13 @@ class LanceVAEDecode(io.ComfyNode):
                 io.Latent.Input("samples", tooltip="From the sampler."),
             ],
             outputs=[
-                io.Image.Output("images", tooltip="All frames; a batch's results one after the other."),
-                io.Video.Output("video", tooltip="The same frames at 12 a second, for Save Video."),
+                io.Image.Output("images", display_name="images", tooltip="All frames; a batch's results one after the other."),
+                io.Video.Output("video", display_name="video", tooltip="The same frames at 12 a second, for Save Video."),
             ],
         )
 
     @classmethod
     def execute(cls, vae, samples) -> io.NodeOutput:
-        latent = samples["samples"]
-        if latent.ndim == 4:
-            latent = latent.unsqueeze(2)
-        frames = vae.decode(latent)
-        images = frames.reshape(-1, *frames.shape[-3:])
+        images = vision.decode_latent(vae, samples["samples"])
         video = InputImpl.VideoFromComponents(Types.VideoComponents(images=images, frame_rate=Fraction(OUTPUT_FPS)))
         return io.NodeOutput(images, video)

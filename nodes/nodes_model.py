@@ -101,8 +101,10 @@ class LanceVisionEncode(io.ComfyNode):
                 LANCE_VISION.Input("earlier", optional=True, tooltip="Subjects encoded before, to which these are added."),
             ],
             outputs=[
-                LANCE_VISION.Output("vision", tooltip="For Lance Text Encode or Lance Understand."),
-                io.Latent.Output("latent", tooltip="Empty, of the size an edit of this comes out in: connect it to the sampler."),
+                LANCE_VISION.Output("vision", display_name="vision", tooltip="For Lance Text Encode or Lance Understand."),
+                io.Latent.Output(
+                    "latent", display_name="latent", tooltip="Empty, of the size an edit of this comes out in: connect it to the sampler."
+                ),
             ],
         )
 
@@ -153,9 +155,11 @@ class LanceTextEncode(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Conditioning.Output("positive", tooltip="For the sampler's positive."),
+                io.Conditioning.Output("positive", display_name="positive", tooltip="For the sampler's positive."),
                 io.Conditioning.Output(
-                    "negative", tooltip="For the sampler's negative: the negative prompt, or the prompt left out, as trained."
+                    "negative",
+                    display_name="negative",
+                    tooltip="For the sampler's negative: the negative prompt, or the prompt left out, as trained.",
                 ),
             ],
         )

@@ -87,7 +87,7 @@ class LanceSampler(io.ComfyNode):
                 io.Combo.Input("sampler", options=comfy.samplers.SAMPLER_NAMES, default="euler", tooltip="euler is the released one."),
                 _denoise(),
             ],
-            outputs=[io.Latent.Output("samples", tooltip="For Lance VAE Decode.")],
+            outputs=[io.Latent.Output("samples", display_name="samples", tooltip="For Lance VAE Decode.")],
         )
 
     @classmethod
@@ -119,7 +119,7 @@ class LanceScheduler(io.ComfyNode):
             category=CATEGORY,
             description="Lance's exact time schedule, for SamplerCustomAdvanced.",
             inputs=[*_schedule_inputs(), _denoise()],
-            outputs=[io.Sigmas.Output("sigmas")],
+            outputs=[io.Sigmas.Output("sigmas", display_name="sigmas")],
         )
 
     @classmethod
@@ -143,7 +143,7 @@ class LanceGuider(io.ComfyNode):
                 io.Conditioning.Input("negative", tooltip="From Lance Text Encode."),
                 *_guidance_inputs(),
             ],
-            outputs=[io.Guider.Output("guider")],
+            outputs=[io.Guider.Output("guider", display_name="guider")],
         )
 
     @classmethod
@@ -169,7 +169,7 @@ class LanceNoise(io.ComfyNode):
                     "positive", optional=True, tooltip="Needed to match edits and subjects: their references take noise, too."
                 ),
             ],
-            outputs=[io.Noise.Output("noise")],
+            outputs=[io.Noise.Output("noise", display_name="noise")],
         )
 
     @classmethod

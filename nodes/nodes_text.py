@@ -61,7 +61,7 @@ class LanceUnderstand(io.ComfyNode):
                     "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True, tooltip="For temperatures above 0."
                 ),
             ],
-            outputs=[io.String.Output("answer")],
+            outputs=[io.String.Output("answer", display_name="answer")],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )

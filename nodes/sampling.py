@@ -15,6 +15,7 @@ from ..lance_core.pipeline import seeded_noise
 from ..lance_core.sampler import Guidance, norm, schedule
 from .conditioning import KEY, Prompt
 from .model import LanceModel
+from .vision import check_latent
 
 
 def sigmas(steps: int, shift: float, denoise: float) -> Tensor:
@@ -92,13 +93,8 @@ def fit_latent(patcher: Any, latent: dict[str, Any]) -> dict[str, Any]:
         RequestError: it holds another model's latent.
     """
     samples = comfy.sample.fix_empty_latent_channels(patcher, latent["samples"])
-    if samples.ndim == 4:
-        samples = samples.unsqueeze(2)
-    if samples.ndim != 5 or samples.shape[1] != 48:
-        raise RequestError(
-            f"The latent has shape {list(samples.shape)}, Lance's have [batch, 48, frames, height, width]: use Empty Lance Latent."
-        )
-    return {**latent, "samples": samples}
+    check_latent(samples)
+    return {**latent, "samples": samples.unsqueeze(2) if samples.ndim == 4 else samples}
 
 
 def sample(guider: LanceGuider, noise: LanceNoise, sampler: str, times: Tensor, latent: dict[str, Any], callback: Any) -> dict[str, Any]:

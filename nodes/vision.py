@@ -112,12 +112,38 @@ def latent_of(vae, clip: np.ndarray, resolution: str) -> Tensor:
 
 def encode_frames(vae, frames: np.ndarray) -> Tensor:
     """Raw latent [1, 48, t, h, w] of frames uint8 [n, h, w, 3] whose size fits the VAE."""
-    if getattr(vae, "latent_channels", None) != LATENT_CHANNELS:
-        raise RequestError("This VAE is not Wan2.2's: connect the VAE of Lance Loader, or load wan2.2_vae.safetensors.")
-    latent = vae.encode(torch.from_numpy(np.ascontiguousarray(frames)).float() / 255)
+    check_vae(vae)
+    latent = vae.encode(torch.from_numpy(frames.astype(np.float32)) / 255)
     if not bool(torch.isfinite(latent).all()):
         raise NumericsError("The VAE gave NaN or infinity while encoding: its file is damaged, or fp16 overflowed.")
     return latent
+
+
+def decode_latent(vae, samples: Tensor) -> Tensor:
+    """Pixels [n, h, w, 3] of LATENT samples, a batch's results one after the other.
+
+    Raises:
+        RequestError: the VAE or the latent is another model's.
+    """
+    check_vae(vae)
+    check_latent(samples)
+    frames = vae.decode(samples.unsqueeze(2) if samples.ndim == 4 else samples)
+    return frames.reshape(-1, *frames.shape[-3:])
+
+
+def check_vae(vae) -> None:
+    """Refuse a VAE that is not Wan2.2's."""
+    if getattr(vae, "latent_channels", None) != LATENT_CHANNELS:
+        raise RequestError("This VAE is not Wan2.2's: connect the VAE of Lance Loader, or load wan2.2_vae.safetensors.")
+
+
+def check_latent(samples: Tensor) -> None:
+    """Refuse another model's latent."""
+    if samples.ndim not in (4, 5) or samples.shape[1] != LATENT_CHANNELS:
+        raise RequestError(
+            f"The latent has shape {list(samples.shape)}, Lance's have [batch, {LATENT_CHANNELS} channels, frames, height, width]: "
+            "connect the latent of a sampler that ran Lance; to start with, use Empty Lance Latent."
+        )
 
 
 def normalised(latent: Tensor) -> Tensor:

@@ -6,8 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
-
 GOLDEN = Path(__file__).resolve().parents[2] / "golden"
 CASES = GOLDEN / "cases"
 MANIFEST: dict[str, dict[str, Any]] = json.loads((CASES / "manifest.json").read_text())
@@ -19,6 +17,8 @@ Graph = dict[str, dict[str, Any]]
 
 def tensors(name: str) -> dict[str, Any]:
     """The golden case's recorded tensors."""
+    from safetensors.torch import load_file
+
     return load_file(CASES / f"{name}.safetensors")
 
 
@@ -35,7 +35,9 @@ def system_prompt(case: dict[str, Any]) -> str:
 def files(case: dict[str, Any]) -> list[str]:
     """The case's media, by the name they have in ComfyUI's input folder."""
     request = case["request"]
-    return [] if isinstance(request, str) else [p.split("/")[1] for p in request["interleave_array"] if isinstance(p, str) and "inputs/" in p]
+    return (
+        [] if isinstance(request, str) else [p.split("/")[1] for p in request["interleave_array"] if isinstance(p, str) and "inputs/" in p]
+    )
 
 
 def text(case: dict[str, Any]) -> Any:

@@ -1,0 +1,215 @@
+"""What Lance cannot do is refused in a sentence that says what to do instead."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from graphs import node
+from inprocess import NodeFailedError, RejectedError
+from small import CHECKPOINT, MODEL, VIDEO_CHECKPOINT, edit, i2v, ksampler, lance, question, samples, t2i, text
+
+
+class TestForeign:
+    """MODEL, CONDITIONING, VAE and LATENT of another family, as far as they have to be real to be connected."""
+
+    RETURN_TYPES = ("MODEL", "CONDITIONING", "VAE", "LATENT", "LATENT")
+    FUNCTION = "make"
+    CATEGORY = "testing"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {}}
+
+    def make(self):
+        import comfy.model_patcher
+        import torch
+
+        model = torch.nn.Linear(2, 2)
+        patcher = comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
+        vae = type("OtherVAE", (), {"latent_channels": 16, "encode": None, "decode": None})()
+        four, other = torch.ones(1, 4, 8, 8), torch.ones(1, 16, 1, 8, 8)
+        return (patcher, [[torch.ones(1, 77, 768), {"pooled_output": None}]], vae, {"samples": four}, {"samples": other})
+
+
+def with_foreign(graph, change):
+    graph = {**graph, "foreign": node("TestForeign")}
+    for where, output in change.items():
+        at, name = where.split(".")
+        graph[at] = {**graph[at], "inputs": {**graph[at]["inputs"], name: ["foreign", output]}}
+    return graph
+
+
+def changed(graph, at, **inputs):
+    """`graph` with inputs of one node changed; None takes one away."""
+    merged = {**graph[at]["inputs"], **inputs}
+    return {**graph, at: {**graph[at], "inputs": {k: v for k, v in merged.items() if v is not None}}}
+
+
+def video_source(graph, role="edit source"):
+    graph = {**graph, "clip": node("LoadVideo", file="clip.mp4")}
+    graph = changed(graph, "vision", image=None, video=["clip", 0], role=role, resolution="video_192p")
+    return changed(graph, "loader", checkpoint=VIDEO_CHECKPOINT)
+
+
+def on_video_checkpoint(graph):
+    return changed(graph, "loader", checkpoint=VIDEO_CHECKPOINT)
+
+
+def decode(graph):
+    return {**graph, "decoded": node("LanceVAEDecode", vae=["loader", 2], samples=["latent", 0])}
+
+
+def two_pictures(graph):
+    graph = {**graph, "first": graph["vision"]}
+    return changed(graph, "vision", earlier=["first", 0])
+
+
+BATCH = node("RepeatImageBatch", image=["photo", 0], amount=3)
+EMPTY = node("EmptyLanceLatent", size="custom", aspect="1:1", width=64, height=64, frames=9, batch_size=1)
+LARGE = node("EmptyLatentImage", width=1024, height=1024, batch_size=1)
+
+# name -> (graph, node to run, words of the sentence: what came, and what to do)
+REFUSED = {
+    "image source to text-to-video": (
+        on_video_checkpoint(changed(edit(), "text", target="video")),
+        "text",
+        "set target to image.*Lance Image To Video",
+    ),
+    "video to image edit": (video_source(edit()), "text", "set target to video"),
+    "image checkpoint makes no video": (
+        changed(t2i(), "text", target="video"),
+        "text",
+        "Lance_3B is the image checkpoint.*load Lance_3B_Video",
+    ),
+    "image checkpoint reads no video": (
+        changed(video_source(edit()), "loader", checkpoint=CHECKPOINT),
+        "vision",
+        "cannot read video.*Lance_3B_Video",
+    ),
+    "video as subject": (video_source(edit(), "subject reference"), "vision", "take a frame of the video"),
+    "latent of another size than the source": (
+        lance({**edit(), "latent": t2i()["latent"]}),
+        "sampler",
+        "64x64.*encoded as 304x224.*LATENT output of Lance Vision Encode",
+    ),
+    "stock sampler, too": (ksampler({**edit(), "latent": t2i()["latent"]}), "sampler", "connect the LATENT output"),
+    "video latent for an image": (lance({**t2i(), "latent": EMPTY}), "sampler", "encoded for an image: set Lance Text Encode's target"),
+    "latent too large": (ksampler({**t2i(), "latent": LARGE}), "sampler", "1024 pixels.*smaller and upscale"),
+    "another model": (with_foreign(lance(t2i()), {"sampler.model": 0}), "sampler", "connect the MODEL of Lance Loader"),
+    "another conditioning": (with_foreign(lance(t2i()), {"sampler.positive": 1}), "sampler", "encode the prompt with Lance Text Encode"),
+    "another negative": (with_foreign(ksampler(t2i()), {"sampler.negative": 1}), "sampler", "encode the prompt with Lance Text Encode"),
+    "another VAE for a picture": (with_foreign(edit(), {"vision.vae": 2}), "vision", "not Wan2.2's: connect the VAE of Lance Loader"),
+    "another VAE for a start image": (with_foreign(i2v(), {"latent.vae": 2}), "latent", "connect the VAE of Lance Loader"),
+    "another VAE to decode with": (with_foreign(decode(t2i()), {"decoded.vae": 2}), "decoded", "connect the VAE of Lance Loader"),
+    "another latent": (with_foreign(lance(t2i()), {"sampler.latent": 4}), "sampler", "use Empty Lance Latent"),
+    "another latent for a stock sampler": (with_foreign(ksampler(t2i()), {"sampler.latent_image": 4}), "sampler", "use Empty Lance Latent"),
+    "another latent to decode": (with_foreign(decode(t2i()), {"decoded.samples": 3}), "decoded", "48 channels.*sampler"),
+    "empty prompt": (changed(t2i(), "text", prompt="  "), "text", "prompt is empty.*say what is wanted"),
+    "empty question": (question(" "), "answer", "question is empty"),
+    "question to text encode": (
+        changed(edit(), "vision", role="question", vae=None),
+        "text",
+        "role 'question': connect it to Lance Understand",
+    ),
+    "edit source to understand": (changed(question(), "vision", role="edit source", vae=["loader", 2]), "answer", "set it to 'question'"),
+    "another loader's vision": (
+        changed({**edit(), "video": node("LanceLoader", checkpoint=VIDEO_CHECKPOINT, weight_dtype="default")}, "text", lance=["video", 1]),
+        "text",
+        "use one Lance Loader for both",
+    ),
+    "two pictures to edit": (two_pictures(edit()), "vision", "only subject references can be appended"),
+    "another role than before": (changed(two_pictures(edit()), "first", role="subject reference"), "vision", "use one role"),
+    "no picture": (changed(edit(), "vision", image=None), "vision", "Connect an image or a video"),
+    "no VAE": (changed(edit(), "vision", vae=None), "vision", "Connect a VAE"),
+    "several start images": (changed({**i2v(), "three": BATCH}, "latent", start_image=["three", 0]), "latent", "3 images.*connect one"),
+    "guidance from end to start": (lance(t2i(), cfg_start=0.2, cfg_end=0.6), "sampler", "cfg_end 0.6 is above cfg_start 0.2"),
+    "no such checkpoint": (changed(t2i(), "loader", checkpoint="Lance_9B"), "loader", "Lance_9B.*(models/lance|not in)"),
+    "concatenated prompts": (
+        lance(
+            {**t2i(), "both": node("ConditioningConcat", conditioning_to=["text", 0], conditioning_from=["text", 1])}, positive=["both", 0]
+        ),
+        "sampler",
+        "cannot be concatenated.*Combine",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_with_a_way_out(comfy, name):
+    comfy.nodes["TestForeign"] = TestForeign
+    graph, at, words = REFUSED[name]
+    with pytest.raises((NodeFailedError, RejectedError)) as caught:
+        comfy.run(graph, [(at, 0)])
+    if isinstance(caught.value, NodeFailedError):
+        said = caught.value.message
+        assert caught.value.data["exception_type"].rpartition(".")[2] in ("RequestError", "CheckpointError"), caught.value
+    else:
+        said = str(caught.value.node_errors)
+    assert re.search(words, said, re.DOTALL), said
+
+
+def test_no_checkpoint_at_all(comfy, monkeypatch, tmp_path):
+    import folder_paths
+
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "lance", ([str(tmp_path)], set()))
+    with pytest.raises(RejectedError) as caught:
+        comfy.run(changed(t2i(), "loader", checkpoint=""), [("loader", 0)])
+    said = str(caught.value.node_errors)
+    assert "No Lance checkpoint found" in said and str(tmp_path) in said and "huggingface.co/bytedance-research/Lance" in said
+
+
+def test_damaged_checkpoint(comfy, monkeypatch, tmp_path):
+    import shutil
+
+    import folder_paths
+    from graphs import GOLDEN
+
+    shutil.copytree(GOLDEN / "checkpoint", tmp_path / "lance")
+    file = tmp_path / "lance" / CHECKPOINT / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "lance", ([str(tmp_path / "lance")], set()))
+    comfy.forget()
+    with pytest.raises(NodeFailedError, match="(?i)incomplete|truncated|damaged|again"):
+        comfy.run(t2i(), [("loader", 0)])
+
+
+def test_a_refusal_changes_nothing(comfy):
+    good = samples(comfy, lance(t2i()))
+    with pytest.raises(NodeFailedError):
+        comfy.run(lance({**edit(), "latent": t2i()["latent"]}), [("sampler", 0)])
+    comfy._executor.reset()
+    assert (samples(comfy, lance(t2i())) == good).all()
+
+
+def test_mask_of_another_image(comfy):
+    graph = {**edit(), "other": node("SolidMask", value=0.5, width=32, height=32)}
+    with pytest.raises(NodeFailedError, match="The mask is 32x32 and the image .*connect the mask of the same image"):
+        comfy.run(changed(graph, "vision", mask=["other", 0]), [("vision", 0)])
+
+
+def test_numbers_that_are_none(comfy):
+    """A VAE or model that gives NaN is told from a picture that is bad."""
+    comfy.nodes["TestNaN"] = _NaN
+    with pytest.raises(NodeFailedError, match="image has NaN or infinity"):
+        comfy.run(changed({**edit(), "nan": node("TestNaN")}, "vision", image=["nan", 0]), [("vision", 0)])
+
+
+class _NaN:
+    RETURN_TYPES = ("IMAGE",)
+    FUNCTION = "make"
+    CATEGORY = "testing"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {}}
+
+    def make(self):
+        import torch
+
+        return (torch.full((1, 64, 64, 3), float("nan")),)
+
+
+def test_two_encodes_can_be_mixed(comfy):
+    """Positive of one encode with the negative of another is no error."""
+    samples(comfy, lance({**t2i(), "other": text("a boat", "rain")}, negative=["other", 1], model=MODEL))
