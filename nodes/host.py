@@ -63,14 +63,14 @@ def reloadable(patchers: Iterable[Any], load: Callable[..., Any], *args: Any) ->
         patcher.cached_patcher_init = (load, args, index)
 
 
-def fill(patcher: Any, module: nn.Module, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, total: int) -> None:
-    """Stream weights into a patcher's module, tensor by tensor in their final dtype, without a second copy."""
+def fill(patcher: Any, module: nn.Module, tensors: Iterable[tuple[str, Tensor]], total: int) -> None:
+    """Stream weights, each in its final dtype and owning its memory, into a patcher's module without a second copy."""
     bar = comfy.utils.ProgressBar(total)
     state, size = {}, 0
     for name, tensor in tensors:
         mm.throw_exception_if_processing_interrupted()
-        state[name] = tensor.to(dtype, copy=tensor.dtype == dtype and tensor._base is not None)
-        size += state[name].nbytes
+        state[name] = tensor
+        size += tensor.nbytes
         bar.update(1)
     module.load_state_dict(state, strict=True, assign=True)
     module.requires_grad_(False)

@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 from ..lance_core.config import LLMConfig
+from ..lance_core.decoder import PIECE
 from ..lance_core.model import DualExpert, Generation
-from . import host
+from ..lance_core.quantize import Format, swap
+from . import host, quant
 from .conditioning import ContextShape, Rows, RowsCond, Store, prompt_of
 from .vision import check_latent
 
@@ -133,8 +135,9 @@ class LanceModel(comfy.model_base.BaseModel):
     def memory_required(self, input_shape: list[int], cond_shapes: dict[str, Any] | None = None, **kwargs: Any) -> float:
         """Bytes one forward of input_shape [b, 48, t, h, w] needs beyond the weights: keys, values and activations.
 
-        Per target token and row: the feed-forward's three intermediate tensors, q/k/v and their rotated float32 copies, and
-        a handful of hidden-width tensors. Per layer and token of every request's context and target: one key and value.
+        Per token and row: q, k, v and their rotated float32 copies, and a handful of hidden-width tensors; of at most PIECE
+        tokens at once the feed-forward's two wide tensors. Reading the context may be longer than a step. Per layer and token
+        of every request's context and target: one key and value.
         """
         llm, size = self.llm, self.compute_dtype.itemsize
         rows, tokens = input_shape[0], math.prod(input_shape[2:]) + 2
@@ -142,8 +145,13 @@ class LanceModel(comfy.model_base.BaseModel):
         contexts = {id(getattr(s, "request", s)): int(s[-1]) for s in (cond_shapes or {}).get("lance", [])}
         kv = 2 * llm.num_kv_heads * llm.head_dim * size * llm.num_layers * sum(c + tokens for c in contexts.values())
         heads = (llm.num_heads + 2 * llm.num_kv_heads) * llm.head_dim
-        per_token = (3 * llm.intermediate_size + 2 * heads + 6 * llm.hidden_size) * size + 12 * llm.num_heads * llm.head_dim
-        return float(kv + rows * tokens * per_token + tokens * llm.hidden_size * size)
+        per_token = (2 * heads + 6 * llm.hidden_size) * size + 12 * llm.num_heads * llm.head_dim
+
+        def activations(rows: int, tokens: int) -> int:
+            return rows * (tokens * per_token + min(tokens, PIECE) * 2 * llm.intermediate_size * size)
+
+        widest = max(activations(rows, tokens), activations(1, max(contexts.values(), default=0)))
+        return float(kv + widest + tokens * llm.hidden_size * size)
 
     # -- the other expert's names -------------------------------------------------------------------------------
 
@@ -198,15 +206,23 @@ def _rename(key: Any) -> Any:
     return key.removeprefix(UND_PREFIX) if isinstance(key, str) else (key[0].removeprefix(UND_PREFIX), *key[1:])
 
 
-def build(llm: LLMConfig, stored: torch.dtype, compute: torch.dtype, understanding: Any, disable_dynamic: bool = False) -> Any:
+def build(
+    llm: LLMConfig,
+    stored: torch.dtype,
+    compute: torch.dtype,
+    understanding: Any,
+    disable_dynamic: bool = False,
+    formats: dict[str, Format] | None = None,
+) -> Any:
     """A MODEL patcher without weights; give it some with `host.fill`.
 
-    understanding: the patcher of the understanding expert.
+    understanding: the patcher of the understanding expert. formats: layers that are kept quantised.
     """
     config = LanceConfig({"llm": llm})
     config.set_inference_dtype(stored, None if stored == compute else compute)
     config.custom_operations = host.operations(stored, compute)
     model = LanceModel(config, llm, understanding.model)
+    swap(model.diffusion_model, formats or {}, quant.make)
     model.device = mm.unet_offload_device()
     patcher = host.make_patcher(model, _Routing, disable_dynamic=disable_dynamic)
     patcher.set_additional_models(UND, [understanding])

@@ -31,15 +31,16 @@ class LanceLoader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "checkpoint",
-                    options=list(loader.checkpoints()) or [""],
-                    tooltip="A checkpoint under models/lance. Lance_3B makes the better images; Lance_3B_Video does every task.",
+                    options=loader.choices(),
+                    tooltip="A checkpoint under models/lance: a released folder or a converted file. Lance_3B makes the better images, Lance_3B_Video "
+                    "does every task. One marked (download, …) is fetched when you run it, and only then.",
                 ),
                 io.Combo.Input(
                     "weight_dtype",
                     options=list(loader.DTYPES),
                     default="default",
                     tooltip="How the weights are kept. default: what suits this machine, usually bf16. fp8_e4m3fn halves the memory and costs "
-                    "some detail.",
+                    "some detail. Layers of a converted file that are fp8, int8 or int4 stay so; int4 is for questions only.",
                 ),
             ],
             outputs=[
@@ -47,13 +48,12 @@ class LanceLoader(io.ComfyNode):
                 LANCE.Output("LANCE", tooltip="Reads prompts, pictures and questions."),
                 io.Vae.Output("VAE", tooltip="Wan2.2's VAE, as every VAE node takes it."),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def validate_inputs(cls, checkpoint: str = "") -> bool | str:
-        if checkpoint in loader.checkpoints():
-            return True
-        return f"{checkpoint!r} is not under models/lance." if loader.checkpoints() else loader.missing_message()
+        return loader.refusal(checkpoint) or True
 
     @classmethod
     def fingerprint_inputs(cls, checkpoint: str, **kwargs) -> str:
@@ -61,7 +61,7 @@ class LanceLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, checkpoint: str, weight_dtype: str) -> io.NodeOutput:
-        return io.NodeOutput(*loader.load(checkpoint, weight_dtype))
+        return io.NodeOutput(*loader.load(loader.fetch(checkpoint, cls.hidden.unique_id), weight_dtype))
 
 
 class LanceVisionEncode(io.ComfyNode):
@@ -86,7 +86,8 @@ class LanceVisionEncode(io.ComfyNode):
                     "resolution",
                     options=[AUTO, *PRESETS],
                     default=AUTO,
-                    tooltip="How large it is read, and how large an edit comes out. auto: image_768res for images, video_480p for clips.",
+                    tooltip="How large it is read, and how large an edit comes out. auto: image_768res for images, video_480p for clips. "
+                    "For the subjects of a video take video_480p.",
                 ),
                 io.Vae.Input("vae", optional=True, tooltip="Needed for edits and subjects, not for questions."),
                 io.Image.Input(

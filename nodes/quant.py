@@ -26,6 +26,7 @@ class QuantLinear(comfy.ops.manual_cast.Linear):
     def __init__(self, format: Format, in_features: int, out_features: int, bias: bool, device=None, dtype=None) -> None:
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self.format = format
+        self.patched_dtype = dtype or torch.bfloat16
         self.layout = format.layout(out_features, in_features)
         for name, (kind, shape) in self.layout.items():
             setattr(self, name, nn.Parameter(torch.empty(shape, dtype=kind, device=device), requires_grad=False))
@@ -34,7 +35,12 @@ class QuantLinear(comfy.ops.manual_cast.Linear):
         return self.forward_comfy_cast_weights(x)
 
     def forward_comfy_cast_weights(self, x: Tensor) -> Tensor:
-        weight = self.decoded({name: mm.cast_to(getattr(self, name), None, x.device) for name in self.layout}, x.dtype)
+        weight = mm.cast_to(self.weight, None, x.device)
+        if weight.dtype == self.layout["weight"][0]:
+            beside = {name: mm.cast_to(getattr(self, name), None, x.device) for name in self.layout if name != "weight"}
+            weight = self.format.decode({"weight": weight, **beside}, x.dtype)
+        else:  # patched for good
+            weight = weight.to(x.dtype)
         for patch in self.weight_function:
             weight = _patched(patch, weight)
         bias = None if self.bias is None else mm.cast_to(self.bias, x.dtype, x.device)
@@ -42,27 +48,22 @@ class QuantLinear(comfy.ops.manual_cast.Linear):
             bias = patch(bias)
         return F.linear(x, weight, bias)
 
-    def decoded(self, parts: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
-        return self.format.decode(parts, dtype)
-
     # What the host calls to patch a weight for good: it hands over `weight` as float32 and takes back what to keep.
 
     def convert_weight(self, weight: Tensor, inplace: bool = False, **kwargs: Any) -> Tensor:
         """The quantised tensor, in whatever dtype the host has cast it to -> the weight it stands for, float32."""
         parts = {name: getattr(self, name).to(weight.device) for name in self.layout}
         parts["weight"] = weight.to(self.layout["weight"][0])
-        return self.decoded(parts, torch.float32)
+        return self.format.decode(parts, torch.float32)
 
     def set_weight(self, weight: Tensor, inplace_update: bool = False, seed: Any = None, return_weight: bool = False, **kwargs: Any):
-        """A patched weight -> quantised again, at the scales it had: so the host's backup of `weight` alone undoes it."""
-        beside = {name: getattr(self, name).to(weight.device) for name in self.layout if name != "weight"}
-        levels = self.format.levels(weight.float(), beside)
+        """A patched weight stays unquantised while the patch is on: rounding it to the old levels would undo most of a LoRA.
+
+        The host's backup of the quantised `weight` brings the layer back as it was.
+        """
         if return_weight:
-            return levels
-        if inplace_update:
-            self.weight.data.copy_(levels)
-        else:
-            self.weight = nn.Parameter(levels, requires_grad=False)
+            return weight
+        self.weight = nn.Parameter(weight.to(self.patched_dtype), requires_grad=False)
 
 
 def _patched(patch: Any, weight: Tensor) -> Tensor:
@@ -74,4 +75,4 @@ def _patched(patch: Any, weight: Tensor) -> Tensor:
 
 def make(format: Format, linear: nn.Module) -> QuantLinear:
     """The quantised layer that takes a host's plain one's place (see lance_core.quantize.swap)."""
-    return QuantLinear(format, linear.in_features, linear.out_features, linear.bias is not None, "meta", None)
+    return QuantLinear(format, linear.in_features, linear.out_features, linear.bias is not None, "meta", linear.weight.dtype)

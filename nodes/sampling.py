@@ -41,13 +41,13 @@ class LanceGuider(comfy.samplers.CFGGuider):
         super().__init__(model_patcher)
         self.guidance = guidance
         self.set_cfg(guidance.scale)
+        if guidance.active and "sampler_cfg_function" in self.model_options:
+            logging.warning("Lance guidance replaces the CFG function another node has put on the model.")
 
     def predict_noise(self, x: Tensor, timestep: Tensor, model_options: dict | None = None, seed: int | None = None) -> Tensor:
         options = dict(model_options or {})
         active = self.guidance.applies(timestep.flatten()[0].float().cpu())
         if active:
-            if "sampler_cfg_function" in options:
-                logging.warning("Lance guidance replaces the CFG function another node has put on the model.")
             options["sampler_cfg_function"] = self._combine
         positive, negative = self.conds.get("positive"), self.conds.get("negative")
         scale = self.guidance.scale if active else 1.0

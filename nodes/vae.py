@@ -66,7 +66,7 @@ class LanceVAE(comfy.sd.VAE):
         self.handles_tiling, self.format_encoded = False, None
         self.first_stage_model = FirstStage(config, host.operations(self.vae_dtype, self.vae_dtype), device="meta").eval()
         self.patcher = host.make_patcher(self.first_stage_model, None, self.device, mm.vae_offload_device())
-        host.fill(self.patcher, self.first_stage_model, checkpoint.tensors("vae"), self.vae_dtype, len(checkpoint.parts["vae"].tensors))
+        host.fill(self.patcher, self.first_stage_model, checkpoint.tensors("vae", self.vae_dtype), len(checkpoint.parts["vae"].tensors))
         self.size = self.patcher.size
 
 

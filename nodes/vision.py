@@ -24,7 +24,7 @@ def to_bytes(images: Tensor, mask: Tensor | None = None) -> np.ndarray:
     images = images.float().cpu()
     if not bool(torch.isfinite(images).all()):
         raise NumericsError("The image has NaN or infinity in it; look at the node it comes from.")
-    if mask is not None:
+    if mask is not None and bool(mask.any()):  # Load Image gives an empty one of 64x64 with a picture that has none
         mask = mask.float().cpu().reshape(-1, *mask.shape[-2:])
         if mask.shape[1:] != images.shape[1:3]:
             sizes = [f"{t.shape[2]}x{t.shape[1]}" for t in (mask, images)]

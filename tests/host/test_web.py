@@ -173,6 +173,7 @@ def test_the_scripts_sizes_are_the_cores():
 def test_the_scripts_memory_is_the_released_models():
     torch = pytest.importorskip("torch")
     from lance_core.config import RELEASED_LLM as LLM
+    from lance_core.decoder import PIECE
     from lance_core.model import Generation, Understanding
 
     def constant(name: str) -> float:
@@ -183,8 +184,9 @@ def test_the_scripts_memory_is_the_released_models():
     key_value = 2 * LLM.num_kv_heads * LLM.head_dim * LLM.num_layers
     assert constant("PER_TOKEN") == 2 * (key_value + LLM.hidden_size)
     heads = (LLM.num_heads + 2 * LLM.num_kv_heads) * LLM.head_dim
-    widest = 2 * (3 * LLM.intermediate_size + 2 * heads + 6 * LLM.hidden_size) + 12 * LLM.num_heads * LLM.head_dim
-    assert constant("PER_TOKEN_AND_ROW") == widest
+    assert constant("PER_TOKEN_AND_ROW") == 2 * (2 * heads + 6 * LLM.hidden_size) + 12 * LLM.num_heads * LLM.head_dim
+    assert constant("PER_PIECE_TOKEN") == 2 * 2 * LLM.intermediate_size
+    assert constant("PIECE") == PIECE
 
 
 def test_the_script_makes_no_html():

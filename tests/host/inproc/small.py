@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from typing import TYPE_CHECKING, Any
 
@@ -123,3 +124,19 @@ def away(found: torch.Tensor, wanted: torch.Tensor) -> float:
     """Largest difference over largest value."""
     assert found.shape == wanted.shape, f"{tuple(found.shape)} instead of {tuple(wanted.shape)}"
     return float((found.float() - wanted.float()).abs().max() / wanted.float().abs().max())
+
+
+@contextlib.contextmanager
+def partial_loading(monkeypatch, share: float):
+    """ComfyUI's load as with little memory; yields a list of how many modules were left behind at each load."""
+    import comfy.model_patcher
+
+    load, left = comfy.model_patcher.ModelPatcher.load, []
+
+    def partly(self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=False):
+        load(self, device_to, max(1, self.model_size() * share), force_patch_weights, False)
+        left.append(sum(hasattr(m, "prev_comfy_cast_weights") for m in self.model.modules()))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(comfy.model_patcher.ModelPatcher, "load", partly)
+        yield left

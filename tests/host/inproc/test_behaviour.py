@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import json
 import weakref
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from graphs import node
-from small import advanced, away, edit, i2v, ksampler, lance, module, question, samples, t2i, text
+from small import advanced, away, edit, i2v, ksampler, lance, module, partial_loading, question, samples, t2i, text
 
 SAMPLERS = ["euler", "heun", "dpmpp_2m", "res_multistep", "uni_pc", "euler_ancestral", "dpmpp_2m_sde", "ddim", "lcm", "dpmpp_sde"]
 
@@ -34,22 +33,6 @@ def test_the_pinned_frame_stays(comfy, sampler):
     made = samples(comfy, lance(graph, sampler=sampler, steps=4))
     assert torch.equal(made[:, :, 0], start[:, :, 0])
     assert bool(torch.isfinite(made).all()) and away(made[:, :, 1:], start[:, :, 1:]) > 0.1
-
-
-@contextlib.contextmanager
-def partial_loading(monkeypatch, share: float):
-    """ComfyUI's load as with little memory; yields a list of how many modules were left behind at each load."""
-    import comfy.model_patcher
-
-    load, left = comfy.model_patcher.ModelPatcher.load, []
-
-    def partly(self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=False):
-        load(self, device_to, max(1, self.model_size() * share), force_patch_weights, False)
-        left.append(sum(hasattr(m, "prev_comfy_cast_weights") for m in self.model.modules()))
-
-    with monkeypatch.context() as patched:
-        patched.setattr(comfy.model_patcher.ModelPatcher, "load", partly)
-        yield left
 
 
 @pytest.mark.parametrize("share", [0.5, 0.0])
