@@ -157,7 +157,9 @@ class Checkpoint:
         vision = vit_config(vit_raw, str(self.path)) if vit_raw else None
         blocks = numbered(self.parts["vit"].shapes, "blocks.", str(self.path))
         if vision and vision.depth != blocks:
-            raise CheckpointError(f"{self.path}: the ViT's configuration says {vision.depth} blocks, its file has {blocks}: they are of two models.")
+            raise CheckpointError(
+                f"{self.path}: the ViT's configuration says {vision.depth} blocks, its file has {blocks}: they are of two models."
+            )
         wan = vae_config(self.parts["vae"].shapes, str(vae_path)) if vae_path else None
         variant = told.get("variant")
         variant = variant if variant in ("image", "video") else variant_of(file.shapes, self.path.name)
