@@ -10,11 +10,12 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from . import bench, convert, download, info, media, tiny
@@ -154,7 +155,7 @@ def run_task(args: argparse.Namespace, task: Task, bars: Bars) -> dict[str, Any]
     lance = load(args.model or Path("models/lance") / name, args.device, DTYPES[args.dtype], vit=args.vit, vae=args.vae, progress=bars)
     if task.output == "text":
         return _understand(args, task, lance, bars)
-    return _generate(args, task, lance, output)
+    return _generate(args, task, lance, output, bars)
 
 
 def _check_output(args: argparse.Namespace, task: Task) -> Path | None:
@@ -195,7 +196,7 @@ def _understand(args: argparse.Namespace, task: Task, lance: Lance, bars: Bars) 
     return {"task": task.name, "text": answer.text, "token_ids": answer.token_ids}
 
 
-def _generate(args: argparse.Namespace, task: Task, lance: Lance, output: Path) -> dict[str, Any]:
+def _generate(args: argparse.Namespace, task: Task, lance: Lance, output: Path, bars: Bars) -> dict[str, Any]:
     options = {
         key: getattr(args, key)
         for key in [
@@ -224,12 +225,12 @@ def _generate(args: argparse.Namespace, task: Task, lance: Lance, output: Path) 
         result = lance.generate(task.name, prompt, **source, **options)
         last = turn == len(turns)
         path = output if last else output.with_stem(f"{output.stem}_{turn}")
-        written += _save(result, path, {"turns": turns[:turn]} if len(turns) > 1 else {}, args)
+        written += _save(result, path, {"turns": turns[:turn]} if len(turns) > 1 else {}, args, bars)
         source = {task.takes: result.frames[0]}
     return {"task": task.name, "files": written}
 
 
-def _save(result: Generated, path: Path, extra: dict[str, Any], args: argparse.Namespace) -> list[dict[str, Any]]:
+def _save(result: Generated, path: Path, extra: dict[str, Any], args: argparse.Namespace, bars: Bars) -> list[dict[str, Any]]:
     """Write every result of a batch, the request and its own seed inside; returns what was written."""
     frames = result.frames if result.frames.dim() == 5 else result.frames[None]
     written = []
@@ -239,12 +240,19 @@ def _save(result: Generated, path: Path, extra: dict[str, Any], args: argparse.N
         if path.suffix.lower() in media.IMAGE_FORMATS:
             media.save_image(one, clip[0], asked)
         else:
-            media.save_video(one, clip, result.fps, asked)
+            media.save_video(one, _watched(clip, bars), result.fps, asked)
         written.append({"file": str(one), **asked})
         if not args.json:
             size = f"{asked['width']}x{asked['height']}" + (f", {asked['num_frames']} frames" if asked["num_frames"] > 1 else "")
             print(f"{one}  ({size}, seed {asked['seed']})")
     return written
+
+
+def _watched(frames: Tensor, bars: Bars) -> Iterator[Tensor]:
+    """The frames one by one, with a bar while they are written."""
+    for i, frame in enumerate(frames, 1):
+        yield frame
+        bars("saving", i, len(frames))
 
 
 def _dispatch(args: argparse.Namespace, bars: Bars) -> dict[str, Any]:

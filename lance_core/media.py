@@ -41,6 +41,7 @@ READ_OPTIONS = {"format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,m
 ROTATIONS = {0: 0, 90: 1, -90: -1, 180: 2, -180: 2}  # degrees counter-clockwise -> quarter turns of np.rot90
 
 Pick = Callable[[int, float], list[int]]
+Progress = Callable[[int, int], None]
 _bomb_lock = threading.Lock()
 
 
@@ -62,7 +63,9 @@ def load_image(source: Any) -> np.ndarray:
         return rgb_from_image(image, _name(source))
 
 
-def read_clip(source: Any, fps: float | None = None, pick: Pick = frame_indices) -> tuple[np.ndarray, float, int]:
+def read_clip(
+    source: Any, fps: float | None = None, pick: Pick = frame_indices, progress: Progress | None = None
+) -> tuple[np.ndarray, float, int]:
     """The frames of a clip that the model sees; the others are never held in memory.
 
     Args:
@@ -70,6 +73,7 @@ def read_clip(source: Any, fps: float | None = None, pick: Pick = frame_indices)
             [T, H, W, C] (see `load_image`), or a pair (array or list, fps).
         fps: frames per second, overriding the file's; a list or an array without it plays at 12, as results of ours do.
         pick: (frames in all, fps) -> increasing frame numbers.
+        progress: (frames decoded, frames in all) of a video file; raise in it to stop.
 
     Returns: picked frames uint8 [n, H, W, 3], frames per second, frames in all.
 
@@ -82,7 +86,7 @@ def read_clip(source: Any, fps: float | None = None, pick: Pick = frame_indices)
         return _read_memory(source, fps, pick)
     if _is_picture(source):
         return _read_moving_picture(source, fps, pick)
-    return _read_video(source, fps, pick)
+    return _read_video(source, fps, pick, progress)
 
 
 def load_video(source: Any, fps: float | None = None) -> tuple[np.ndarray, float]:
@@ -297,7 +301,7 @@ def _open_video(source: Any) -> Iterator[Any]:
             handle.close()
 
 
-def _read_video(source: Any, fps: float | None, pick: Pick) -> tuple[np.ndarray, float, int]:
+def _read_video(source: Any, fps: float | None, pick: Pick, progress: Progress | None) -> tuple[np.ndarray, float, int]:
     """Count, then decode keeping only what was picked.
 
     Containers misstate their frames, so packets are counted; where those lie too (fields, frames outside an edit list), the
@@ -315,14 +319,14 @@ def _read_video(source: Any, fps: float | None, pick: Pick) -> tuple[np.ndarray,
         total = sum(packets)
     for _ in range(2):
         picks = _choose(pick, total, rate, name)
-        frames, seen = _decode(source, picks, total, name)
+        frames, seen = _decode(source, picks, total, name, progress)
         if seen == total:
             return frames, rate, total
         total = seen
     raise MediaError(f"{name} decodes to a different number of frames each time; re-encode it.")
 
 
-def _decode(source: Any, picks: list[int], total: int, name: str) -> tuple[np.ndarray | None, int]:
+def _decode(source: Any, picks: list[int], total: int, name: str, progress: Progress | None) -> tuple[np.ndarray | None, int]:
     """The picked frames, and how many there are in truth (`total` is believed when no pick is near the end)."""
     seen, kept = 0, 0
 
@@ -336,6 +340,8 @@ def _decode(source: Any, picks: list[int], total: int, name: str) -> tuple[np.nd
                     kept += 1
                     yield pixels
             seen += 1
+            if progress is not None:
+                progress(min(seen, total), total)
             if kept == len(picks) and picks[-1] < total - 1:
                 seen = total
                 return

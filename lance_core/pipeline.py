@@ -17,9 +17,10 @@ from .checkpoint import Checkpoint, Progress, non_finite
 from .config import LATENT_CHANNELS, OUTPUT_FPS, LanceConfig
 from .errors import NumericsError, RequestError
 from .model import Branch, DualExpert, Plan, Prepared
+from .ops import Attention, attention
 from .request import Task
-from .sampler import Guidance, euler, schedule
-from .sequence import Kind, Role, Segment, Sequence
+from .sampler import Guidance, euler, schedule, seeded_noise
+from .sequence import Kind, Role, Segment, Sequence, merge_text
 from .vae import denormalize_latent, normalize_latent
 
 MAX_BATCH = 64
@@ -101,10 +102,25 @@ class Lance:
         for name in names or tuple(self._parts):
             self._parts.pop(name, None)
 
-    def experts(self, generation: bool = True) -> DualExpert:
+    def experts(self, generation: bool = True, attention: Attention = attention) -> DualExpert:
         """The decoder, with its generation expert or without."""
         gen = self.part("gen") if generation else None
-        return DualExpert(self.config.llm, self.part("und"), gen, dtype=self.dtype, device=self.device)
+        return DualExpert(self.config.llm, self.part("und"), gen, attention=attention, dtype=self.dtype, device=self.device)
+
+    def _counted(self, stage: str, parts: list[list[tuple[Segment, Tensor]]]) -> Attention:
+        """Attention that reports how far the passes over `parts` are, a layer at a time."""
+        total = self.config.llm.num_layers * sum(len(merge_text(s for s, _ in part)) for part in parts)
+        done = 0
+
+        def counted(*args: Any) -> Tensor:
+            nonlocal done
+            out = attention(*args)
+            done += 1
+            if done <= total:
+                self._report(stage, done, total)
+            return out
+
+        return counted
 
     # -- generation ---------------------------------------------------------------------------------------------
 
@@ -213,7 +229,7 @@ class Lance:
     def _sources(self, task: Task, image: Any, video: Any, references: Any) -> list[np.ndarray]:
         """The request's media as 8-bit clips [T, H, W, 3], videos already thinned to the frames the model sees."""
         if task.takes == "video":
-            return [media.read_clip(video)[0]]
+            return [media.read_clip(video, progress=lambda done, total: self._report("reading the clip", done, total))[0]]
         if task.takes == "references":
             listed = references if isinstance(references, list | tuple) else [references]
             return [media.load_image(r)[None] for r in listed]
@@ -228,10 +244,9 @@ class Lance:
         if negative_prompt is not None and not isinstance(negative_prompt, str):
             raise RequestError(f"negative_prompt is {type(negative_prompt).__name__}, expected text")
         negative = self.checkpoint.tokenizer.encode(negative_prompt) if negative_prompt and negative_prompt.strip() else None
-        self._report("reading the prompt", 0, 1)
-        prepared = self.experts().prefill(sequence, Plan.of(sequence, self.config.tokens_per_second, guided, negative))
-        self._report("reading the prompt", 1, 1)
-        return prepared
+        plan = Plan.of(sequence, self.config.tokens_per_second, guided, negative)
+        counted = self._counted("reading the prompt", [plan.prefix, *plan.rests])
+        return self.experts(attention=counted).prefill(sequence, plan)
 
     def _noise(self, noise: Any, batch: int, grid: tuple[int, int, int], before: int, seed: int) -> Tensor:
         """Starting noise [batch, t, h, w, 48] on the device: a row per latent token of the whole sequence, references first."""
@@ -390,16 +405,6 @@ class Lance:
             if bad:
                 return f"; the weight {bad} of the {name} part is itself not finite: the checkpoint is damaged, download it again"
         return ""
-
-
-def seeded_noise(seed: int, grid: tuple[int, int, int], before: int = 0) -> Tensor:
-    """The target's starting noise [t, h, w, 48], float32 on the CPU.
-
-    One row per latent token of the whole sequence is drawn, `before` of them for references, whose rows are not used.
-    """
-    t, h, w = grid
-    rows = torch.randn((before + t * h * w, LATENT_CHANNELS), generator=torch.Generator().manual_seed(seed))
-    return rows[before:].view(t, h, w, LATENT_CHANNELS)
 
 
 def _unbatched(callback: Callable[[int, int, Tensor], None] | None) -> Callable[[int, int, Tensor], None] | None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .config import LATENT_CHANNELS
 from .errors import NumericsError, RequestError
 
 RENORMS = ("global", "channel", "none")
@@ -28,6 +29,16 @@ def schedule(steps: int, shift: float = 3.5) -> Tensor:
         raise RequestError(f"shift is {shift}, expected a positive number; the model's default is 3.5")
     t = torch.linspace(1, 0, int(steps) + 1)
     return shift * t / (1 + (shift - 1) * t)
+
+
+def seeded_noise(seed: int, grid: tuple[int, int, int], before: int = 0) -> Tensor:
+    """The target's starting noise [t, h, w, 48], float32 on the CPU.
+
+    One row per latent token of the whole sequence is drawn, `before` of them for references, whose rows are not used.
+    """
+    t, h, w = grid
+    rows = torch.randn((before + t * h * w, LATENT_CHANNELS), generator=torch.Generator().manual_seed(seed))
+    return rows[before:].view(t, h, w, LATENT_CHANNELS)
 
 
 @dataclass(frozen=True)

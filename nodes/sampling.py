@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from ..lance_core.errors import NumericsError, RequestError
-from ..lance_core.pipeline import seeded_noise
-from ..lance_core.sampler import Guidance, norm, schedule
+from ..lance_core.sampler import Guidance, norm, schedule, seeded_noise
 from .conditioning import KEY, Prompt
 from .model import LanceModel
 from .vision import check_latent

@@ -290,8 +290,8 @@ def test_lying_packet_count(monkeypatch):
     """Fewer or more frames than packets: the picks are made again from the true number."""
     original, asked = media._decode, []
 
-    def lie(source, picks, total, name):
-        frames, seen = original(source, picks, total, name)
+    def lie(source, picks, total, name, progress):
+        frames, seen = original(source, picks, total, name, progress)
         asked.append(total)
         return (frames, 11) if len(asked) == 1 else (frames, total)
 
@@ -529,3 +529,15 @@ def test_unknown_extensions_and_folders(tmp_path):
     with pytest.raises(MediaError, match="folder"):
         media.save_video(tmp_path / "none" / "x.mp4", smooth(1), 12)
     assert not list(tmp_path.iterdir())
+
+
+def test_reading_reports_every_frame_and_can_be_stopped():
+    told = []
+    media.read_clip(INPUTS / "clip.mp4", progress=lambda done, total: told.append((done, total)))
+    assert told == [(i + 1, 18) for i in range(18)]
+
+    def stop(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        media.read_clip(INPUTS / "clip.mp4", progress=stop)

@@ -128,7 +128,7 @@ def test_a_missing_package_is_named_in_one_line(make_server, tmp_path, package):
     broken = make_server(pack=tmp_path / "pack")
     log = broken.log()
     broken.stop()
-    said = [line for line in log.splitlines() if "ComfyUI-Lance lacks the Python package" in line]
+    said = [line for line in log.splitlines() if "ComfyUI-Lance was not loaded" in line]
     assert len(said) >= 1 and f"'{package}'" in said[0] and "pip install -r requirements.txt" in said[0], log[-3000:]
 
 
