@@ -68,6 +68,7 @@ sys.path.insert(0, {comfyui!r})
 sys.argv = ["main.py", "--cpu"]
 import comfy.options
 comfy.options.enable_args_parsing()
+import folder_paths
 import torch
 import comfy.model_management as mm
 
@@ -128,7 +129,7 @@ def test_a_missing_package_is_named_in_one_line(make_server, tmp_path, package):
     broken = make_server(pack=tmp_path / "pack")
     log = broken.log()
     broken.stop()
-    said = [line for line in log.splitlines() if "ComfyUI-Lance was not loaded" in line]
+    said = [line for line in log.splitlines() if "ImportError: ComfyUI-Lance was not loaded" in line]
     assert len(said) >= 1 and f"'{package}'" in said[0] and "pip install -r requirements.txt" in said[0], log[-3000:]
 
 
