@@ -288,7 +288,7 @@ class Checkpoint:
         items = self.parts[part].tensors.items()
         kept = {f"{layer}.{leaf}" for layer in self.parts[part].formats for leaf in ("weight", *SIDE_TENSORS)}
         for name, (file, key) in sorted(items, key=lambda item: item[1][0].offset(item[1][1])):
-            yield name, file.read(key).to(device=device, dtype=None if name in kept else dtype, copy=True)
+            yield name, file.read(key, None if name in kept else dtype, device)
 
     def load(
         self,

@@ -109,7 +109,7 @@ def _plan_part(checkpoint: Checkpoint, part: str, wanted: str) -> list[Planned]:
         stored = _stored_name(part, name)
         if name.rpartition(".")[0] in held.formats:
             raise RequestError(f"{checkpoint.path} is quantised already; convert the original.")
-        if format is not None and quantisable(name) and format.fits(*shape):
+        if format is not None and quantisable(name, checkpoint.config.llm.num_layers) and format.fits(*shape):
             planned += _plan_quantised(stored.removesuffix("weight"), shape, format, file, key)
         else:
             planned.append(Planned(stored, plain, shape, _Cast(file, key, plain)))
@@ -132,7 +132,7 @@ class _Cast:
         self.file, self.key, self.dtype = file, key, dtype
 
     def __call__(self) -> Tensor:
-        return self.file.read(self.key).to(self.dtype)
+        return self.file.read(self.key, self.dtype)
 
 
 class _Encoded:

@@ -6,7 +6,7 @@
 | int8 | int8 [N, K] | weight_scale float32 [N, 1], a row each | 8 |
 | int4 | int8 [N, K/2], two to a byte, low nibble first | weight_scale, weight_zeros bfloat16 [K/64, N]; W = (q - 8) s + z | 4.5 |
 
-Only the attention and feed-forward layers of the experts are ever quantised: embeddings, heads, norms, latents in and
+Only attention and feed-forward of the experts' layers are ever quantised, less the first and the last: embeddings, heads, norms, latents in and
 out, the time MLP, the ViT and the VAE stay as they are. All are weight-only: the product runs in the compute dtype.
 """
 
@@ -156,9 +156,15 @@ def formats_of(dtypes: Mapping[str, torch.dtype]) -> dict[str, Format]:
     return found
 
 
-def quantisable(name: str) -> bool:
-    """Whether a module's tensor may be quantised: a matrix of a decoder layer's attention or feed-forward."""
-    return name.startswith("layers.") and name.endswith("_proj.weight")
+def quantisable(name: str, layers: int | None = None) -> bool:
+    """Whether a module's tensor may be quantised: a matrix of a decoder layer's attention or feed-forward.
+
+    Given the number of `layers`, the first and the last stay as they are: keeping those two measured better than keeping any
+    two others (scripts/measure_quality.py).
+    """
+    if not (name.startswith("layers.") and name.endswith("_proj.weight")):
+        return False
+    return layers is None or name.split(".")[1] not in ("0", str(layers - 1))
 
 
 class QuantLinear(nn.Module):

@@ -37,6 +37,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 MAX_HEADER = 100 << 20  # bytes; safetensors' own limit
+PIECE = 32 << 20  # bytes read at once where a tensor is cast on the way
 
 
 @dataclass(frozen=True)
@@ -115,24 +116,35 @@ class SafetensorsFile:
         """Where the tensor lies, so that a file can be read front to back."""
         return self.entries[name].start
 
-    def read(self, name: str) -> Tensor:
-        """The tensor in the file's dtype, on the CPU, owning its memory."""
+    def read(self, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
+        """The tensor, owning its memory; in the file's dtype, or cast on the way in pieces, so that nothing is held twice."""
         entry = self.entries[name]
-        flat = torch.empty(entry.nbytes, dtype=torch.uint8)
-        if entry.nbytes:
-            buffer = memoryview(flat.numpy())
-            try:
-                with open(self.path, "rb", buffering=0) as file:
-                    file.seek(entry.start)
-                    done = 0
-                    while done < entry.nbytes:
-                        got = file.readinto(buffer[done:])
-                        if not got:
-                            raise CheckpointError(f"{self.path} became shorter while it was read (at {name}); download it again.")
-                        done += got
-            except OSError as error:
-                raise CheckpointError(f"{self.path} cannot be read at {name} ({error}).") from None
-        return flat.view(entry.dtype).view(entry.shape)
+        out = torch.empty(entry.shape, dtype=dtype or entry.dtype, device=device)
+        flat = out.view(-1)
+        direct = out.dtype == entry.dtype and out.device.type == "cpu"
+        step = entry.nbytes if direct else PIECE
+        scratch = flat.view(torch.uint8) if direct else torch.empty(min(PIECE, entry.nbytes), dtype=torch.uint8)
+        try:
+            with open(self.path, "rb", buffering=0) as file:
+                file.seek(entry.start)
+                for start in range(0, entry.nbytes, max(step, 1)):
+                    piece = scratch[: min(step, entry.nbytes - start)]
+                    self._fill(file, piece, name)
+                    if not direct:
+                        values = piece.view(entry.dtype)
+                        at = start // entry.dtype.itemsize
+                        flat[at : at + values.numel()].copy_(values)
+        except OSError as error:
+            raise CheckpointError(f"{self.path} cannot be read at {name} ({error}).") from None
+        return out
+
+    def _fill(self, file: Any, piece: Tensor, name: str) -> None:
+        buffer, done = memoryview(piece.numpy()), 0
+        while done < len(buffer):
+            got = file.readinto(buffer[done:])
+            if not got:
+                raise CheckpointError(f"{self.path} became shorter while it was read (at {name}); download it again.")
+            done += got
 
 
 class TorchFile:
@@ -171,9 +183,9 @@ class TorchFile:
     def offset(self, name: str) -> int:
         return self._state[name].storage_offset()
 
-    def read(self, name: str) -> Tensor:
-        """The tensor in the file's dtype, sharing the archive's memory."""
-        return self._state[name]
+    def read(self, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
+        """The tensor, owning its memory: the archive is mapped, and must not live on in what was read from it."""
+        return self._state[name].to(device=device, dtype=dtype, copy=True)
 
 
 WeightFile = SafetensorsFile | TorchFile

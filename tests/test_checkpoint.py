@@ -6,7 +6,6 @@ import json
 import pickle
 import shutil
 import struct
-import weakref
 from pathlib import Path
 
 import pytest
@@ -416,22 +415,41 @@ def test_loaded_weights_do_not_hang_on_their_file(checkpoint_copy, part, dtype):
     assert all(torch.equal(a, b) for a, b in zip(module.parameters(), before, strict=True))
 
 
-def test_loading_holds_one_tensor_at_a_time(golden, monkeypatch):
-    """Peak memory is the result and one tensor of the file: all read before must be gone when the next is converted."""
-    alive: list[weakref.ref] = []
-    most = 0
-    read = SafetensorsFile.read
+def test_loading_holds_the_result_and_one_piece(golden, monkeypatch):
+    """Peak memory is the result and a piece of the file: a tensor is cast as it is read, never held in both dtypes."""
+    from lance_core import weights
 
-    def counted(self, name):
-        nonlocal most
-        tensor = read(self, name)
-        alive.append(weakref.ref(tensor))
-        most = max(most, sum(ref() is not None for ref in alive))
-        return tensor
+    asked: list[int] = []
+    empty = torch.empty
 
-    monkeypatch.setattr(SafetensorsFile, "read", counted)
-    Checkpoint(golden / "checkpoint" / "Lance_3B").load("gen", dtype=torch.float32)
-    assert len(alive) > 40 and most == 1
+    def counted(*args, **kwargs):
+        made = empty(*args, **kwargs)
+        asked.append(made.nbytes)
+        return made
+
+    monkeypatch.setattr(weights, "PIECE", 256)
+    file = SafetensorsFile(golden / "checkpoint" / "Lance_3B" / "model.safetensors")
+    monkeypatch.setattr(torch, "empty", counted)
+    for name in file.entries:
+        for dtype in (torch.float32, None):
+            asked.clear()
+            tensor = file.read(name, dtype)
+            assert asked[0] == tensor.nbytes
+            assert asked[1:] == ([] if dtype is None else [min(256, file.entries[name].nbytes)])
+
+
+def test_reading_in_pieces_is_reading_whole(golden, monkeypatch):
+    from safetensors.torch import load_file
+
+    from lance_core import weights
+
+    path = golden / "checkpoint" / "Lance_3B" / "model.safetensors"
+    whole = load_file(path)
+    monkeypatch.setattr(weights, "PIECE", 64)
+    file = SafetensorsFile(path)
+    for name, tensor in whole.items():
+        assert torch.equal(file.read(name), tensor)
+        assert torch.equal(file.read(name, torch.float64), tensor.double())
 
 
 def test_parts_load_when_first_needed_and_only_once(checkpoint_copy):

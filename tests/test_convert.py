@@ -112,7 +112,7 @@ def test_the_file_is_the_same_bytes_each_time_and_what_others_read(root, tmp_pat
         convert(root / "Lance_3B", tmp_path / f"{name}.safetensors", "int8")
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
     with safe_open(str(tmp_path / "a.safetensors"), "pt") as file:
-        layer = "language_model.model.layers.0.mlp_moe_gen.up_proj."
+        layer = "language_model.model.layers.1.mlp_moe_gen.up_proj."
         assert file.get_tensor(layer + "weight").dtype == torch.int8
         assert file.get_tensor(layer + "weight_scale").shape == (256, 1)
         told = json.loads(bytes(file.get_tensor(layer + "comfy_quant").tolist()))
