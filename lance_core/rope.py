@@ -72,6 +72,9 @@ def tables(position: Tensor, config: LLMConfig, device: torch.device | str | Non
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate heads x [b, n, heads, width] by cos/sin [b or 1, n, width], half-rotation style, in float32."""
-    first, second = x.float().chunk(2, dim=-1)
-    turned = torch.cat([-second, first], dim=-1)
-    return torch.addcmul(x * cos.unsqueeze(-2), turned, sin.unsqueeze(-2)).to(x.dtype)
+    half = x.shape[-1] // 2
+    wide, cos, sin = x.float(), cos.unsqueeze(-2), sin.unsqueeze(-2)[..., :half]
+    out = wide * cos
+    out[..., :half].addcmul_(wide[..., half:], sin, value=-1)  # in place: a video's queries are large
+    out[..., half:].addcmul_(wide[..., :half], sin)
+    return out.to(x.dtype)

@@ -184,7 +184,8 @@ def test_the_scripts_memory_is_the_released_models():
     key_value = 2 * LLM.num_kv_heads * LLM.head_dim * LLM.num_layers
     assert constant("PER_TOKEN") == 2 * (key_value + LLM.hidden_size)
     heads = (LLM.num_heads + 2 * LLM.num_kv_heads) * LLM.head_dim
-    assert constant("PER_TOKEN_AND_ROW") == 2 * (2 * heads + 6 * LLM.hidden_size) + 12 * LLM.num_heads * LLM.head_dim
+    assert constant("ATTENDING") == 2 * (LLM.hidden_size + heads) * 2 + 8 * LLM.num_heads * LLM.head_dim
+    assert constant("FEEDING") == 4 * LLM.hidden_size * 2
     assert constant("PER_PIECE_TOKEN") == 2 * 2 * LLM.intermediate_size
     assert constant("PIECE") == PIECE
 
@@ -284,16 +285,16 @@ def test_a_hostile_answer_stays_text(page, tmp_path):
 
 def test_the_live_line_follows_the_values(page, tmp_path):
     page.load_graph({"1": {"class_type": "EmptyLanceLatent", "inputs": LATENT}})
-    assert line(page, 1) == ["848 × 480 · 49 frames · 4.1 s", "20,670 tokens · ≈ 18 GB (bf16)"]
+    assert line(page, 1) == ["848 × 480 · 49 frames · 4.1 s", "20,670 tokens · ≈ 15 GB (bf16)"]
     page.screenshot(tmp_path / "line.png")
     page.page.evaluate(f"id => {{ {_NODE} widget('frames').value = 50; }}", 1)  # as a file might have it: typed in, it is rounded
     changes = [
-        ("batch_size", 1, ["848 × 480 · 50 → 49 frames (4k+1) · 4.1 s", "20,670 tokens · ≈ 18 GB (bf16)"]),
-        ("batch_size", 2, ["848 × 480 · 50 → 49 frames (4k+1) · 4.1 s", "2 × 20,670 tokens · ≈ 24 GB (bf16)"]),
+        ("batch_size", 1, ["848 × 480 · 50 → 49 frames (4k+1) · 4.1 s", "20,670 tokens · ≈ 15 GB (bf16)"]),
+        ("batch_size", 2, ["848 × 480 · 50 → 49 frames (4k+1) · 4.1 s", "2 × 20,670 tokens · ≈ 16 GB (bf16)"]),
         ("frames", 1, ["848 × 480 · 1 image", "2 × 1,590 tokens · ≈ 13 GB (bf16)"]),
-        ("size", "custom", ["768 × 768 · 1 image", "2 × 2,304 tokens · ≈ 14 GB (bf16)"]),
+        ("size", "custom", ["768 × 768 · 1 image", "2 × 2,304 tokens · ≈ 13 GB (bf16)"]),
         ("width", 1168, ["more than 1024 pixels a side: will be refused", ""]),
-        ("height", 496, ["1168 × 496 · 1 image", "2 × 2,263 tokens · ≈ 14 GB (bf16)"]),
+        ("height", 496, ["1168 × 496 · 1 image", "2 × 2,263 tokens · ≈ 13 GB (bf16)"]),
     ]
     for name, new, expected in changes:
         page.set_widget(1, name, new)
@@ -308,7 +309,7 @@ def test_the_live_line_follows_the_values(page, tmp_path):
 
 def test_the_live_line_with_a_picture_and_with_links(page):
     node = page.page.evaluate(_ADD, "LanceImageToVideoLatent")
-    assert line(page, node) == ["≈ 640 × 640 · 49 frames · 4.1 s", "20,800 tokens · ≈ 18 GB (bf16)"]
+    assert line(page, node) == ["≈ 640 × 640 · 49 frames · 4.1 s", "20,800 tokens · ≈ 15 GB (bf16)"]
     page.set_widget(node, "size", "video_360p")
     assert line(page, node)[0].startswith("≈ 480 × 480 · ")
     connect = f"""id => {{ {_NODE}

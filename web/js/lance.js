@@ -33,11 +33,12 @@ const MAX_FRAMES = 121;
 const FPS = 12;
 
 // Bytes in bfloat16 with the released weights, as LanceModel.memory_required (nodes/model.py) counts them: the weights of
-// both experts, per token its key and value in every layer and its input, per token and row the activations, and per row the
-// feed-forward's wide tensors of at most PIECE tokens.
+// both experts; per token its key and value in every layer and its input; per token and row what is widest, attention or the
+// feed-forward, whose wide tensors exist for PIECE tokens at once.
 const WEIGHTS = 12.35e9;
 const PER_TOKEN = 2 * 2 * 128 * 36 * 2 + 2048 * 2;
-const PER_TOKEN_AND_ROW = (2 * (16 + 2 * 2) * 128 + 6 * 2048) * 2 + 12 * 16 * 128;
+const ATTENDING = 2 * (2048 + (16 + 2 * 2) * 128) * 2 + 8 * 16 * 128;
+const FEEDING = 4 * 2048 * 2;
 const PIECE = 8192;
 const PER_PIECE_TOKEN = 2 * 11008 * 2;
 const GUIDANCE = 2; // rows a result takes: with the prompt and without it
@@ -186,8 +187,8 @@ function addInfo(node) {
 }
 
 function gigabytes(tokens, batch) {
-  const rows = GUIDANCE * batch;
-  const bytes = WEIGHTS + tokens * (PER_TOKEN + rows * PER_TOKEN_AND_ROW) + Math.min(tokens, PIECE) * rows * PER_PIECE_TOKEN;
+  const widest = Math.max(tokens * ATTENDING, tokens * FEEDING + Math.min(tokens, PIECE) * PER_PIECE_TOKEN);
+  const bytes = WEIGHTS + tokens * PER_TOKEN + GUIDANCE * batch * widest;
   return (bytes / 1e9).toFixed(0);
 }
 
