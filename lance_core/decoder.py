@@ -84,10 +84,15 @@ class ExpertLayer(nn.Module):
         return self.self_attn.project(self.input_layernorm(x))
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
-        """Residual stream after attention [b, n, heads, width] and the feed-forward."""
+        """Residual stream after attention [b, n, heads, width] and the feed-forward. Without autograd, x is overwritten."""
         # Contiguous, because torch multiplies a sliced batch row by row, copying the weight each time.
-        x = x + self.self_attn.o_proj(attended.flatten(2).contiguous())
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = _add(x, self.self_attn.o_proj(attended.flatten(2).contiguous()))
+        return _add(x, self.mlp(self.post_attention_layernorm(x)))
+
+
+def _add(x: Tensor, more: Tensor) -> Tensor:
+    """x + more, in x's place unless autograd may want x again: a video's stream is hundreds of megabytes a row."""
+    return x + more if torch.is_grad_enabled() else x.add_(more)
 
 
 def run_layer(
@@ -108,7 +113,10 @@ def run_layer(
     if gen is not None:
         parts.append(gen_layer.project(gen))
     q, k, v = (torch.cat(p, dim=1) if len(p) > 1 else p[0] for p in zip(*parts, strict=True))
-    out = attend(index, rotate(q, cos, sin), rotate(k, cos, sin), v)
+    del parts  # a video's are hundreds of megabytes, as are the next
+    q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    out = attend(index, q, k, v)
+    del q, k, v
     split = und.shape[1]
     und = und_layer.finish(und, out[:, :split])
     return und, None if gen is None else gen_layer.finish(gen, out[:, split:])
@@ -123,7 +131,11 @@ def run_layers(
     sin: Tensor,
     attend: Attend,
 ) -> tuple[Tensor, Tensor | None]:
-    """All layers; see `run_layer`. `gen_layers` is needed only when there are generation tokens."""
+    """All layers; see `run_layer`. `gen_layers` is needed only when there are generation tokens.
+
+    Without autograd `gen` is overwritten; `und` is not, so that marker embeddings can be shared.
+    """
+    und = und.clone()
     for i, und_layer in enumerate(und_layers):
         und, gen = run_layer(i, und_layer, gen_layers[i] if gen is not None else None, und, gen, cos, sin, attend)
     return und, gen

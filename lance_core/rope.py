@@ -14,6 +14,7 @@ from .sequence import Kind, Role, Segment, Sequence
 
 SEEN_OFFSET = 1000  # where the time axis of ViT tokens starts
 SUBJECT_OFFSET = 2000  # where the time axis of subject latents starts
+PIECE = 8192  # tokens rotated at once
 
 
 def _lay_out(segments: tuple[Segment, ...], tokens_per_second: float) -> list[Tensor]:
@@ -71,10 +72,23 @@ def tables(position: Tensor, config: LLMConfig, device: torch.device | str | Non
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate heads x [b, n, heads, width] by cos/sin [b or 1, n, width], half-rotation style, in float32."""
+    """Rotate heads x [b, n, heads, width] by cos/sin [b or 1, n, width], half-rotation style, in float32.
+
+    Long sequences go through in pieces, so that the float32 copies of a video's queries never exist at once.
+    """
+    if x.shape[1] <= PIECE or x.requires_grad:
+        return _rotate(x, cos, sin)
+    out = torch.empty_like(x)
+    for start in range(0, x.shape[1], PIECE):
+        one = slice(start, start + PIECE)
+        out[:, one] = _rotate(x[:, one], cos[:, one], sin[:, one])
+    return out
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = x.shape[-1] // 2
     wide, cos, sin = x.float(), cos.unsqueeze(-2), sin.unsqueeze(-2)[..., :half]
     out = wide * cos
-    out[..., :half].addcmul_(wide[..., half:], sin, value=-1)  # in place: a video's queries are large
+    out[..., :half].addcmul_(wide[..., half:], sin, value=-1)
     out[..., half:].addcmul_(wide[..., :half], sin)
     return out.to(x.dtype)

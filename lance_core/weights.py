@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import os
 import pickle
 import shutil
@@ -37,7 +38,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 MAX_HEADER = 100 << 20  # bytes; safetensors' own limit
-PIECE = 32 << 20  # bytes read at once where a tensor is cast on the way
+PIECE = 8 << 20  # bytes read at once where a tensor is cast on the way
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ class SafetensorsFile:
         flat = out.view(-1)
         direct = out.dtype == entry.dtype and out.device.type == "cpu"
         step = entry.nbytes if direct else PIECE
-        scratch = flat.view(torch.uint8) if direct else torch.empty(min(PIECE, entry.nbytes), dtype=torch.uint8)
+        scratch = flat.view(torch.uint8) if direct else _mapped(min(PIECE, entry.nbytes))
         try:
             with open(self.path, "rb", buffering=0) as file:
                 file.seek(entry.start)
@@ -145,6 +146,11 @@ class SafetensorsFile:
             if not got:
                 raise CheckpointError(f"{self.path} became shorter while it was read (at {name}); download it again.")
             done += got
+
+
+def _mapped(nbytes: int) -> Tensor:
+    """Scratch memory outside of the heap, where it would leave holes between the weights that come to stay."""
+    return torch.frombuffer(mmap.mmap(-1, max(1, nbytes)), dtype=torch.uint8)[:nbytes]
 
 
 class TorchFile:

@@ -135,7 +135,8 @@ class LanceModel(comfy.model_base.BaseModel):
     def memory_required(self, input_shape: list[int], cond_shapes: dict[str, Any] | None = None, **kwargs: Any) -> float:
         """Bytes one forward of input_shape [b, 48, t, h, w] needs beyond the weights: keys, values and activations.
 
-        A row's activations are widest either around attention (residual, projections, q and k rotated in float32) or in the
+        A row's activations are widest either around attention (residual, projections, and for at most PIECE
+        tokens at once q rotated in float32) or in the
         feed-forward (residual, its input and output, and for at most PIECE tokens at once its two wide tensors). Reading the
         context may be longer than a step. Per layer and token of every request's context and target: one key and value.
         """
@@ -145,11 +146,13 @@ class LanceModel(comfy.model_base.BaseModel):
         contexts = {id(getattr(s, "request", s)): int(s[-1]) for s in (cond_shapes or {}).get("lance", [])}
         kv = 2 * llm.num_kv_heads * llm.head_dim * size * llm.num_layers * sum(c + tokens for c in contexts.values())
         heads = (llm.num_heads + 2 * llm.num_kv_heads) * llm.head_dim
-        attending = 2 * (llm.hidden_size + heads) * size + 8 * llm.num_heads * llm.head_dim
+        queries = llm.num_heads * llm.head_dim
+        attending = 2 * (llm.hidden_size + heads + queries) * size  # the host's attention wants the queries and gives the result in copies
+        rotating = 8 * queries
 
         def activations(rows: int, tokens: int) -> int:
             feeding = tokens * 4 * llm.hidden_size * size + min(tokens, PIECE) * 2 * llm.intermediate_size * size
-            return rows * max(tokens * attending, feeding)
+            return rows * max(tokens * attending + min(tokens, PIECE) * rotating, feeding)
 
         widest = max(activations(rows, tokens), activations(1, max(contexts.values(), default=0)))
         return float(kv + widest + tokens * llm.hidden_size * size)

@@ -420,16 +420,19 @@ def test_loading_holds_the_result_and_one_piece(golden, monkeypatch):
     from lance_core import weights
 
     asked: list[int] = []
-    empty = torch.empty
 
-    def counted(*args, **kwargs):
-        made = empty(*args, **kwargs)
-        asked.append(made.nbytes)
+    def counted(make):
+        def made(*args, **kwargs):
+            tensor = make(*args, **kwargs)
+            asked.append(tensor.nbytes)
+            return tensor
+
         return made
 
     monkeypatch.setattr(weights, "PIECE", 256)
     file = SafetensorsFile(golden / "checkpoint" / "Lance_3B" / "model.safetensors")
-    monkeypatch.setattr(torch, "empty", counted)
+    monkeypatch.setattr(torch, "empty", counted(torch.empty))
+    monkeypatch.setattr(weights, "_mapped", counted(weights._mapped))
     for name in file.entries:
         for dtype in (torch.float32, None):
             asked.clear()

@@ -184,7 +184,9 @@ def test_the_scripts_memory_is_the_released_models():
     key_value = 2 * LLM.num_kv_heads * LLM.head_dim * LLM.num_layers
     assert constant("PER_TOKEN") == 2 * (key_value + LLM.hidden_size)
     heads = (LLM.num_heads + 2 * LLM.num_kv_heads) * LLM.head_dim
-    assert constant("ATTENDING") == 2 * (LLM.hidden_size + heads) * 2 + 8 * LLM.num_heads * LLM.head_dim
+    queries = LLM.num_heads * LLM.head_dim
+    assert constant("ATTENDING") == 2 * (LLM.hidden_size + heads + queries) * 2
+    assert constant("ROTATING") == 8 * queries
     assert constant("FEEDING") == 4 * LLM.hidden_size * 2
     assert constant("PER_PIECE_TOKEN") == 2 * 2 * LLM.intermediate_size
     assert constant("PIECE") == PIECE

@@ -34,10 +34,11 @@ const FPS = 12;
 
 // Bytes in bfloat16 with the released weights, as LanceModel.memory_required (nodes/model.py) counts them: the weights of
 // both experts; per token its key and value in every layer and its input; per token and row what is widest, attention or the
-// feed-forward, whose wide tensors exist for PIECE tokens at once.
+// feed-forward; their widest tensors exist for PIECE tokens at once.
 const WEIGHTS = 12.35e9;
 const PER_TOKEN = 2 * 2 * 128 * 36 * 2 + 2048 * 2;
-const ATTENDING = 2 * (2048 + (16 + 2 * 2) * 128) * 2 + 8 * 16 * 128;
+const ATTENDING = 2 * (2048 + (16 + 2 * 2) * 128 + 16 * 128) * 2;
+const ROTATING = 8 * 16 * 128;
 const FEEDING = 4 * 2048 * 2;
 const PIECE = 8192;
 const PER_PIECE_TOKEN = 2 * 11008 * 2;
@@ -187,7 +188,8 @@ function addInfo(node) {
 }
 
 function gigabytes(tokens, batch) {
-  const widest = Math.max(tokens * ATTENDING, tokens * FEEDING + Math.min(tokens, PIECE) * PER_PIECE_TOKEN);
+  const piece = Math.min(tokens, PIECE);
+  const widest = Math.max(tokens * ATTENDING + piece * ROTATING, tokens * FEEDING + piece * PER_PIECE_TOKEN);
   const bytes = WEIGHTS + tokens * PER_TOKEN + GUIDANCE * batch * widest;
   return (bytes / 1e9).toFixed(0);
 }

@@ -1,0 +1,485 @@
+"""How much memory each request needs at the released sizes, tensor by tensor, and the smallest card that has it.
+
+    python scripts/measure_memory.py [--json FILE] [--device cuda] [--top 8]
+
+The real passes run on torch's meta device, where tensors have sizes and no contents, so any machine will do; every
+operation is watched and every storage counted once while something refers to it. With `--device cuda` the same passes run
+for real, on weights of zeros (memory does not depend on them), and the allocator's peak is read instead.
+
+Parts in memory at each stage are those ComfyUI would keep: the ViT to look, the VAE to encode and decode, the
+understanding expert to answer, both experts to draw. Three placements of weights are counted: whole; `lean`, where the
+understanding expert (two tokens of every step) is streamed and the generation expert stays; and `streamed`, where a
+layer's weight is on the card only while it is used (ComfyUI's lowvram with nothing kept). Fused kernels are counted by
+their results, plus what they are known to need: a convolution's reordered input, attention's row sums; masked
+attention is counted spelled out, as torch runs it on most cards.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import weakref
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from lance_core import preprocess  # noqa: E402
+from lance_core.bench_case import Case  # noqa: E402
+from lance_core.config import CELL, LATENT_CHANNELS, RELEASED_LLM, RELEASED_VAE, RELEASED_VIT, LanceConfig  # noqa: E402
+from lance_core.model import Branch, DualExpert, Generation, Plan, Prepared, Understanding  # noqa: E402
+from lance_core.quantize import FORMATS, QuantLinear, quantisable, swap  # noqa: E402
+from lance_core.vae import TILE, WanVAE  # noqa: E402
+from lance_core.vit import VisionTower  # noqa: E402
+
+RELEASED = LanceConfig(RELEASED_LLM, RELEASED_VIT, RELEASED_VAE, "video")
+COMPUTE = torch.bfloat16
+WEIGHTS = ("bf16", *FORMATS)
+PLACES = ("whole", "lean", "streamed")
+CARDS = (4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 80)  # GiB
+RESERVE = 10**9  # CUDA's context, kernels and workspaces, the allocator's rounding, the screen
+CAPTION = 100  # tokens
+FLASH_WIDTH = 256  # widest head that fused attention takes
+
+
+@dataclass(frozen=True)
+class Request:
+    """One thing a user may ask. task: what decides the stages; width, height in pixels."""
+
+    name: str
+    task: str
+    width: int
+    height: int
+    frames: int = 1
+
+
+REQUESTS = (
+    Request("t2i 768x768", "t2v", 768, 768),
+    Request("image edit 768x768", "edit", 768, 768),
+    Request("t2v 848x480, 25 frames", "t2v", 848, 480, 25),
+    Request("t2v 848x480, 61 frames", "t2v", 848, 480, 61),
+    Request("t2v 848x480, 121 frames", "t2v", 848, 480, 121),
+    Request("i2v 848x480, 121 frames", "i2v", 848, 480, 121),
+    Request("video edit 848x480, 69 frames", "edit", 848, 480, 69),
+    Request("VQA, image 768x768", "vqa", 768, 768),
+    Request("VQA, video 848x480, 69 frames", "vqa", 848, 480, 69),
+)
+GOALS = (  # request, weights, GB
+    ("t2i 768x768", "bf16", 14.5),
+    ("t2i 768x768", "fp8", 8.0),
+    ("VQA, image 768x768", "bf16", 9.0),
+    ("VQA, video 848x480, 69 frames", "bf16", 9.0),
+    ("t2v 848x480, 121 frames", "bf16", 20.0),
+    ("t2v 848x480, 121 frames", "fp8", 12.0),
+)
+
+
+# -- accounting -------------------------------------------------------------------------------------------------------
+
+
+class Accountant(TorchDispatchMode):
+    """Live bytes on one device, storage by storage, and what lived at their peak."""
+
+    def __init__(self, device: str = "meta") -> None:
+        super().__init__()
+        self.device = torch.device(device)
+        self.live: dict[int, tuple[int, str]] = {}
+        self.refs: dict[int, weakref.ref] = {}
+        self.total = self.peak = self._taken = 0
+        self.at_peak: list[tuple[int, str]] = []
+
+    def hold(self, label: str, tensors: Iterable[Tensor]) -> None:
+        """Count tensors that are there already, such as weights."""
+        for tensor in tensors:
+            self._see(tensor, label)
+
+    def reset(self) -> None:
+        """Forget the peak, not what is alive."""
+        self.peak, self._taken, self.at_peak = 0, 0, []
+        self._grow(0, "")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        name = func.overloadpacket.__name__
+        if name == "scaled_dot_product_attention":
+            return self._attention(func, args, kwargs)
+        result = func(*args, **kwargs)
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, Tensor):
+                self._see(tensor, name)
+        if name.startswith("conv") and args[0].device.type == self.device.type == "meta":
+            self._grow(args[0].nbytes, f"workspace of {name}{_where()}")
+        return result
+
+    def _attention(self, func: Any, args: tuple, kwargs: dict) -> Tensor:
+        """Fused: the result and a number per row. Masked, or with heads too wide: every step of the textbook form."""
+        q, k, v = args[:3]
+        mask = kwargs.get("attn_mask", args[3] if len(args) > 3 else None)
+        if self.device.type == "meta" and (mask is not None or q.shape[-1] > FLASH_WIDTH):
+            result = self._spelled_out(q, k, v, mask)
+        else:
+            result = torch.empty_like(q) if q.device.type == "meta" else func(*args, **kwargs)
+        self._see(result, "attention")
+        if self.device.type == "meta":
+            self._grow(q[..., 0].numel() * 4, "row sums of attention")
+        return result
+
+    def _spelled_out(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """torch's unfused attention: float32 copies, keys and values repeated for every query head, scores twice."""
+        with self:
+            q, k, v = q.float(), k.float(), v.float()
+            if k.shape[1] != q.shape[1]:
+                k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+            scores = q @ k.transpose(-1, -2)
+            if mask is not None:
+                scores = scores.add_(torch.empty(mask.shape, device=mask.device, dtype=scores.dtype))
+            return (scores.softmax(-1) @ v).to(COMPUTE)
+
+    def _see(self, tensor: Tensor, label: str) -> None:
+        if tensor.device.type != self.device.type:
+            return
+        storage = tensor.untyped_storage()
+        key = id(storage)
+        if key in self.live or not storage.nbytes():
+            return
+        if not label.startswith("weights"):
+            label = f"{label} {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}{_where()}"
+        self.refs[key] = weakref.ref(storage, lambda _, key=key: self._drop(key))
+        self.live[key] = (storage.nbytes(), label)
+        self.total += storage.nbytes()
+        self._grow(0, "")
+
+    def _drop(self, key: int) -> None:
+        self.total -= self.live.pop(key)[0]
+        del self.refs[key]
+
+    def _grow(self, extra: int, label: str) -> None:
+        """Note the peak, `extra` bytes of workspace counted; remember what is alive when it has grown noticeably."""
+        self.peak = max(self.peak, self.total + extra)
+        if self.peak > self._taken * 1.002:
+            self._taken = self.peak
+            self.at_peak = [*self.live.values(), (extra, label)]
+
+
+def _where() -> str:
+    """The line of lance_core that is being run."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        path = Path(frame.f_code.co_filename)
+        if path.parent.name == "lance_core" and path.name != "ops.py":
+            return f" ({path.name}:{frame.f_lineno} {frame.f_code.co_name})"
+        frame = frame.f_back
+    return ""
+
+
+class Allocator:
+    """`Accountant`'s face over CUDA's own count."""
+
+    at_peak: list[tuple[int, str]] = []
+
+    def hold(self, label: str, tensors: Iterable[Tensor]) -> None:
+        """Nothing to do: the allocator knows."""
+
+    def reset(self) -> None:
+        """Forget the peak."""
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+
+    @property
+    def peak(self) -> int:
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated()
+
+    def __enter__(self) -> Allocator:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        torch.cuda.empty_cache()
+
+
+# -- weights ----------------------------------------------------------------------------------------------------------
+
+
+def build(part: str, config: LanceConfig, weights: str, device: str) -> nn.Module:
+    """A part's module in COMPUTE, the experts' matrices in the format named; on a real device, filled with zeros."""
+    if part == "vit":
+        module: nn.Module = VisionTower(config.vit, device="meta", dtype=COMPUTE)
+    elif part == "vae":
+        module = WanVAE(config.vae, device="meta", dtype=COMPUTE)
+    else:
+        module = {"und": Understanding, "gen": Generation}[part](config.llm, device="meta", dtype=COMPUTE)
+        if weights in FORMATS:
+            form = FORMATS[weights]
+            layers = config.llm.num_layers
+            fits = {n.removesuffix(".weight"): form for n, p in module.named_parameters() if quantisable(n, layers) and form.fits(*p.shape)}
+            swap(
+                module,
+                fits,
+                lambda f, linear: QuantLinear(f, linear.in_features, linear.out_features, linear.bias is not None, "meta", COMPUTE),
+            )
+    module.requires_grad_(False)
+    if device != "meta":
+        for owner in module.modules():
+            for name, p in list(owner._parameters.items()):
+                if p is not None:
+                    owner._parameters[name] = nn.Parameter(torch.zeros(p.shape, dtype=p.dtype, device=device), requires_grad=False)
+    return module.eval()
+
+
+def stream(module: nn.Module, device: str) -> None:
+    """Have every layer's weights copied to the device for each use and freed after, as ComfyUI's lowvram does."""
+
+    def bring(owner: nn.Module, *_: Any) -> None:
+        owner.away = dict(owner._parameters)
+        for name, p in owner.away.items():
+            if p is not None:
+                owner._parameters[name] = p.to(device, copy=True)
+
+    def leave(owner: nn.Module, *_: Any) -> None:
+        owner._parameters.update(owner.__dict__.pop("away"))
+
+    for owner in module.modules():
+        if owner._parameters:
+            owner.register_forward_pre_hook(bring)
+            owner.register_forward_hook(leave)
+
+
+# -- stages -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Bench:
+    """Runs stages and notes their peaks: {stage: bytes}, {stage: what lived then}."""
+
+    config: LanceConfig
+    device: str
+    weights: str = "bf16"
+    place: str = "whole"
+    peaks: dict[str, int] = field(default_factory=dict)
+    contents: dict[str, list[tuple[int, str]]] = field(default_factory=dict)
+
+    @contextmanager
+    def family(self, *parts: str):
+        """(meter, modules) with these parts, and nothing else, in memory."""
+        meter = Allocator() if self.device == "cuda" else Accountant(self.device)
+        away = {"whole": (), "lean": ("und",), "streamed": parts}[self.place] if "gen" in parts or self.place != "lean" else ()
+        modules = {}
+        for part in parts:
+            modules[part] = build(part, self.config, self.weights, "cpu" if part in away and self.device == "cuda" else self.device)
+            if part in away:
+                stream(modules[part], self.device)
+            else:
+                meter.hold(f"weights of {part}", modules[part].parameters())
+        with torch.inference_mode(), meter:
+            yield meter, modules
+
+    def note(self, meter: Accountant | Allocator, stage: str, work: Callable[[], Any]) -> Any:
+        """Run a stage and note its peak."""
+        meter.reset()
+        result = work()
+        self.peaks[stage] = max(meter.peak, self.peaks.get(stage, 0))
+        self.contents[stage] = meter.at_peak
+        return result
+
+    def empty(self, *shape: int, dtype: torch.dtype = COMPUTE) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=self.device)
+
+    def look(self, case: Case) -> None:
+        """The ViT over a picture or clip."""
+        c = self.config.vit
+        with self.family("vit") as (meter, modules):
+            patches = self.empty(case.seen[0] * case.seen[1] * case.seen[2], c.in_channels * c.temporal_patch_size * c.patch_size**2)
+            self.note(meter, "vision tower", lambda: modules["vit"](patches, [case.seen]))
+
+    def encode(self, case: Case, frames: int) -> None:
+        """The VAE over a picture or clip."""
+        with self.family("vae") as (meter, modules):
+            pixels = self.empty(1, 3, frames, case.height, case.width)
+            self.note(meter, "VAE encode", lambda: modules["vae"].encode(pixels))
+
+    def decode(self, case: Case) -> None:
+        """The VAE over the result, whole and in the tiles it falls back to."""
+        tile = min(TILE, (max(case.grid[1:]) + 1) // 2)
+        for stage, side in (("VAE decode", None), (f"VAE decode, tiles of {tile * CELL} px", tile)):
+            with self.family("vae") as (meter, modules):
+                work = partial(modules["vae"].decode, self.empty(1, LATENT_CHANNELS, *case.grid), tile=side)
+                self.note(meter, stage, work)
+
+    def denoise(self, case: Case) -> None:
+        """Both branches' context, then a guided step as one forward of two rows and as two forwards of one."""
+        with self.family("und", "gen") as (meter, modules):
+            model = DualExpert(self.config.llm, modules["und"], modules["gen"], dtype=COMPUTE, device=self.device)
+            sequence = case.sequence(self.config)
+            prepared = Prepared(sequence, Plan.of(sequence, self.config.tokens_per_second, guided=True))
+            self.note(meter, "prefill", lambda: model.fill(prepared))
+            both = [Branch(prepared, 0), Branch(prepared, 1)]
+            x = self.empty(1, *case.grid, LATENT_CHANNELS, dtype=torch.float32)
+            t = self.empty(1, case.grid[0], dtype=torch.float32)
+            self.note(meter, "step, 2 rows", lambda: model.velocity(both, torch.cat([x, x]), torch.cat([t, t])))
+            self.note(meter, "step, 1 row", lambda: [model.velocity([row], x, t) for row in both])
+
+    def answer(self, case: Case) -> None:
+        """Reading a question about a picture or clip, then writing."""
+        with self.family("und") as (meter, modules):
+            model = DualExpert(self.config.llm, modules["und"], None, dtype=COMPUTE, device=self.device)
+            sequence, rate = case.question(self.config), self.config.tokens_per_second
+            context, _, at = self.note(meter, "prefill", lambda: model.read(sequence, rate, 256))
+            self.note(meter, "token", lambda: model.next_token(context, 1, at))
+
+
+def case_of(request: Request, config: LanceConfig) -> Case:
+    """What the request comes to in latent cells and ViT patches."""
+    preset = "video_480p" if request.frames > 1 else "image_768res"
+    patch, pair = config.vit.patch_size, config.vit.temporal_patch_size
+    wide, tall = preprocess.vit_size(request.width, request.height, preset, patch * config.vit.spatial_merge_size)
+    seen = (-(-request.frames // pair), tall // patch, wide // patch)
+    grid = (1 + (request.frames - 1) // 4, request.height // CELL, request.width // CELL)
+    return Case(request.width, request.height, request.frames, 1, True, request.task == "edit", CAPTION, grid, seen)
+
+
+@cache
+def pictures(request: Request, config: LanceConfig, device: str, place: str) -> Bench:
+    """The ViT's and the VAE's stages of a request, which do not depend on the experts' weights."""
+    bench, case = Bench(config, device, place=place), case_of(request, config)
+    if request.task in ("edit", "vqa"):
+        bench.look(case)
+    if request.task in ("edit", "i2v"):
+        bench.encode(case, 1 if request.task == "i2v" else request.frames)
+    if request.task != "vqa":
+        bench.decode(case)
+    return bench
+
+
+def measure(request: Request, config: LanceConfig = RELEASED, device: str = "meta", weights: str = "bf16", place: str = "whole") -> Bench:
+    """Peaks of all stages of one request, in the order they run."""
+    bench, case = Bench(config, device, weights, place), case_of(request, config)
+    beside = pictures(request, config, device, "streamed" if place == "streamed" else "whole")
+    bench.answer(case) if request.task == "vqa" else bench.denoise(case)
+    peaks = beside.peaks | bench.peaks
+    bench.peaks = {stage: peaks[stage] for stage in sorted(peaks, key=lambda s: (s.startswith("VAE decode"), s in bench.peaks))}
+    bench.contents |= beside.contents
+    return bench
+
+
+# -- report -----------------------------------------------------------------------------------------------------------
+
+
+def needed(peaks: dict[str, int], thrifty: bool = False) -> int:
+    """The request's peak; thrifty: guidance as two forwards and the VAE in tiles, as when memory is short."""
+    skipped = {"step, 2 rows", "VAE decode"} if thrifty else {"step, 1 row", *(s for s in peaks if "tiles" in s)}
+    return max(size for stage, size in peaks.items() if stage not in skipped)
+
+
+def card(peak: int) -> str:
+    """The smallest card that holds a peak and RESERVE."""
+    return next((f"{gib} GB" for gib in CARDS if peak + RESERVE <= gib << 30), f"over {CARDS[-1]} GB")
+
+
+def table(head: list[str], rows: Iterable[Iterable[str]]) -> str:
+    """Markdown."""
+    lines = [head, ["---", *["--:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def gb(size: int) -> str:
+    return f"{size / 1e9:.1f}"
+
+
+def weights_table(config: LanceConfig) -> str:
+    """Bytes of each part in each format."""
+    sizes = {w: {p: sum(t.nbytes for t in build(p, config, w, "meta").parameters()) for p in ("und", "gen", "vit", "vae")} for w in WEIGHTS}
+    names = {"und": "understanding expert", "gen": "generation expert", "vit": "ViT", "vae": "VAE"}
+    rows = [[f"{names[p]}, GB", *(f"{sizes[w][p] / 1e9:.2f}" for w in WEIGHTS)] for p in names]
+    return table(["weights", *WEIGHTS], rows)
+
+
+def summary(found: dict[tuple[str, str, str], dict[str, int]], requests: Iterable[str], place: str, thrifty: bool) -> str:
+    """Peak and smallest card of every request in one placement."""
+    rows = []
+    for name in requests:
+        peaks = [needed(found[name, w, place], thrifty) for w in WEIGHTS]
+        rows.append([name, *(f"{gb(p)} ({card(p)})" for p in peaks)])
+    return table(["peak GB (smallest card)", *WEIGHTS], rows)
+
+
+def stages(found: dict[tuple[str, str, str], dict[str, int]], requests: Iterable[str]) -> str:
+    """Every stage's peak, weights whole; and streamed in bf16."""
+    rows = []
+    for name in requests:
+        for stage in found[name, "bf16", "whole"]:
+            sizes = [found[name, w, "whole"][stage] for w in WEIGHTS]
+            streamed = found[name, "bf16", "streamed"][stage]
+            rows.append([name, stage, *(gb(s) for s in sizes), gb(streamed)])
+    return table(["request", "stage", *(f"{w}, GB" for w in WEIGHTS), "bf16 streamed, GB"], rows)
+
+
+def goals(found: dict[tuple[str, str, str], dict[str, int]]) -> str:
+    """Against what was wanted: two rows, one row, and with the understanding expert streamed."""
+    rows = []
+    for name, weights, goal in GOALS:
+        whole, lean = found[name, weights, "whole"], found[name, weights, "lean"]
+        ways = (needed(whole), needed(whole, True), needed(lean, True))
+        rows.append([name, weights, f"{goal:.1f}", *(f"{gb(w)}{'' if w <= goal * 1e9 else ' (over)'}" for w in ways)])
+    return table(["request", "weights", "goal, GB", "as fast as can be", "thrifty", "thrifty, lean"], rows)
+
+
+def largest(contents: list[tuple[int, str]], count: int) -> str:
+    """The largest things alive at a peak, weights summed."""
+    summed: dict[str, tuple[int, int]] = {}
+    for size, label in contents:
+        total, times = summed.get(label, (0, 0))
+        summed[label] = (total + size, times + 1)
+    ordered = sorted(summed.items(), key=lambda item: -item[1][0])[:count]
+    return "\n".join(f"  {total / 1e9:6.2f} GB  {times:4} x {label}" for label, (total, times) in ordered)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--device", default="meta", choices=("meta", "cuda"))
+    parser.add_argument("--json", type=Path, help="write every stage's peak, too")
+    parser.add_argument("--only", default="", help="requests whose name contains this")
+    parser.add_argument("--top", type=int, default=0, help="show so many of the largest tensors at each request's peak (bf16, whole)")
+    args = parser.parse_args()
+    found: dict[tuple[str, str, str], dict[str, int]] = {}
+    chosen = [r for r in REQUESTS if args.only in r.name]
+    for request in chosen:
+        for weights in WEIGHTS:
+            for place in PLACES:
+                bench = measure(request, RELEASED, args.device, weights, place)
+                found[request.name, weights, place] = bench.peaks
+                print(f"{request.name}, {weights}, {place}: {gb(needed(bench.peaks))} GB", file=sys.stderr, flush=True)
+                if args.top and (weights, place) == ("bf16", "whole"):
+                    for stage, contents in bench.contents.items():
+                        print(f"{request.name}, {stage}: {gb(bench.peaks[stage])} GB\n{largest(contents, args.top)}", file=sys.stderr)
+    names = [r.name for r in chosen]
+    how = "CUDA's allocator" if args.device == "cuda" else "every tensor accounted on the meta device"
+    print(f"Peak memory by {how}, torch {torch.__version__.split('+')[0]}; activations, ViT and VAE in bf16; GB = 10^9 bytes.")
+    print(f"Smallest card: the peak and {RESERVE / 1e9:.0f} GB for CUDA itself fit (a card's GB are 2^30 bytes).\n")
+    print(weights_table(RELEASED), end="\n\n")
+    print("Weights whole, guidance in one forward, VAE whole:\n\n" + summary(found, names, "whole", False), end="\n\n")
+    print("Weights whole, guidance in two forwards, VAE in tiles:\n\n" + summary(found, names, "whole", True), end="\n\n")
+    print("As before, understanding expert streamed while drawing:\n\n" + summary(found, names, "lean", True), end="\n\n")
+    print("As before, all weights streamed:\n\n" + summary(found, names, "streamed", True), end="\n\n")
+    print("By stage:\n\n" + stages(found, names), end="\n\n")
+    if len(chosen) == len(REQUESTS):
+        print("Goals:\n\n" + goals(found))
+    if args.json:
+        results = [{"request": r, "weights": w, "place": p, "peaks": peaks} for (r, w, p), peaks in found.items()]
+        args.json.write_text(
+            json.dumps({"torch": torch.__version__, "device": args.device, "results": results}, indent=1), encoding="utf-8"
+        )
+
+
+if __name__ == "__main__":
+    main()
