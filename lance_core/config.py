@@ -21,7 +21,6 @@ LATENT_CHANNELS = 48
 TIME_FREQUENCIES = 256  # width of the sinusoidal timestep embedding
 OUTPUT_FPS = 12
 MAX_FRAMES = 121
-MAX_LATENT_FRAMES = 31
 MAX_LATENT_SIDE = 64
 CELL = 16  # pixels a side of one latent token
 IMAGE_TABLE_ROWS = MAX_LATENT_SIDE**2  # rows of `latent_pos_embed` in a checkpoint trained on single frames

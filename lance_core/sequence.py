@@ -100,10 +100,6 @@ class Sequence:
             ids += segment.ids if segment.grid is None else (self.start, *[self.pad] * segment.visual, self.end)
         return ids
 
-    def edits(self) -> bool:
-        """Whether the target takes over the positions of a source latent."""
-        return self.source is not None
-
     @property
     def source(self) -> int | None:
         """Index of the source latent's segment whose grid the target shares, if there is one."""

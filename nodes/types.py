@@ -51,7 +51,3 @@ class Vision:
     segments: tuple[Segment, ...] = field(repr=False)
     video: bool
     checkpoint: str
-
-    @property
-    def pictures(self) -> int:
-        return sum(s.data is not None and s.kind.value == "seen" for s in self.segments)
