@@ -105,7 +105,9 @@ def parser() -> argparse.ArgumentParser:
     shrink.add_argument("source", metavar="SRC", help="checkpoint folder or file")
     shrink.add_argument("target", metavar="DST", help="the .safetensors file to write")
     shrink.add_argument("--dtype", choices=convert.DTYPES, default="bf16", help="default: %(default)s")
-    shrink.add_argument("--understanding", choices=convert.DTYPES, help="another one for the understanding expert; int4 for a file that only answers")
+    shrink.add_argument(
+        "--understanding", choices=convert.DTYPES, help="another one for the understanding expert; int4 for a file that only answers"
+    )
     shrink.add_argument("--generation", choices=convert.DTYPES, help="another one for the generation expert; below fp8 it loses detail")
     shrink.add_argument("--no-vae", action="store_true", help="leave the VAE out; it is then looked for beside the file")
     shrink.add_argument("--vit", metavar="FILE", help="vision tower, if it is not inside or beside the checkpoint")

@@ -76,11 +76,24 @@ def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
 
 
-def _folded(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    """Grouped heads on a torch that has none: query heads that share a key head are laid one after the other as queries."""
+def fold_groups(q: Tensor, groups: int) -> Tensor:
+    """Queries [b, n, heads, width] -> [b, groups, heads / groups * n, width]: heads that share a key head lie one after the other.
+
+    So grouped heads need no expanded keys on a backend that knows nothing of them.
+    """
     b, n, heads, width = q.shape
-    groups = k.shape[2]
-    q = q.view(b, n, groups, heads // groups, width).permute(0, 2, 3, 1, 4).reshape(b, groups, -1, width)
-    mask = causal_mask(n, k.shape[1], q.device).repeat(heads // groups, 1) if causal else None
-    out = F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
-    return out.view(b, groups, heads // groups, n, width).permute(0, 3, 1, 2, 4).reshape(b, n, heads, width)
+    return q.view(b, n, groups, heads // groups, width).permute(0, 2, 3, 1, 4).reshape(b, groups, -1, width)
+
+
+def unfold_groups(out: Tensor, heads: int) -> Tensor:
+    """The result of folded queries back to [b, n, heads, width]."""
+    b, groups, _, width = out.shape
+    return out.view(b, groups, heads // groups, -1, width).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
+def _folded(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    """Grouped heads on a torch that has none of its own."""
+    heads, groups = q.shape[2], k.shape[2]
+    mask = causal_mask(q.shape[1], k.shape[1], q.device).repeat(heads // groups, 1) if causal else None
+    out = F.scaled_dot_product_attention(fold_groups(q, groups), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
+    return unfold_groups(out, heads)

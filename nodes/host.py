@@ -17,6 +17,8 @@ import torch
 from comfy.ldm.modules.attention import optimized_attention
 from torch import Tensor, nn
 
+from ..lance_core.ops import fold_groups, unfold_groups
+
 FLOAT_DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
@@ -119,18 +121,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
     """
     if not torch.compiler.is_compiling():
         mm.throw_exception_if_processing_interrupted()
-    b, n, heads, width = q.shape
-    groups = k.shape[2]
-    q = q.view(b, n, groups, heads // groups, width).permute(0, 2, 3, 1, 4).reshape(b, groups, -1, width)
-    k, v = k.transpose(1, 2), v.transpose(1, 2)
+    n, heads, groups, keys = q.shape[1], q.shape[2], k.shape[2], k.shape[1]
     mask = None
     if causal and n > 1:
-        keys = k.shape[2]
         # Added, not boolean: not every backend of the host knows the latter.
         mask = torch.full((n, keys), torch.finfo(q.dtype).min, dtype=q.dtype, device=q.device).triu(keys - n + 1)
         mask = mask.repeat(heads // groups, 1)
-    out = optimized_attention(q, k, v, groups, mask=mask, skip_reshape=True, skip_output_reshape=True)
-    return out.view(b, groups, heads // groups, n, width).permute(0, 3, 1, 2, 4).reshape(b, n, heads, width)
+    q, k, v = fold_groups(q, groups), k.transpose(1, 2), v.transpose(1, 2)
+    return unfold_groups(optimized_attention(q, k, v, groups, mask=mask, skip_reshape=True, skip_output_reshape=True), heads)
 
 
 def progress(total: int | None = None) -> Callable[[int, int], None]:
