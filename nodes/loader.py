@@ -79,7 +79,9 @@ def refusal(choice: str) -> str | None:
         return None
     if choice in download.RELEASED:
         return f"{choice} is not under models/lance yet: choose '{download.label(choice)}' in Lance Loader to fetch it. {missing_message()}"
-    return f"{choice!r} is not under models/lance: choose another checkpoint in Lance Loader." if there else missing_message()
+    if there:
+        return f"{choice!r} is not under models/lance: choose another checkpoint in Lance Loader."
+    return f"No Lance checkpoint found: choose one marked (download, …) in Lance Loader to fetch it. {missing_message()}"
 
 
 def missing_message() -> str:
