@@ -169,7 +169,13 @@ def test_tiny_is_reproducible(tmp_path):
 
 def test_cancelling_exits_with_130_and_leaves_no_file(folder):
     command = [sys.executable, "-m", "lance_core", "t2i", "x", "-o", "never.png", "--steps", "100000", "--width", "64", "--height", "64"]
-    process = subprocess.Popen(command, cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        command,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a test run in the background has it ignored
+    )
     try:
         time.sleep(1)
         while process.poll() is None and b"denoising" not in (seen := os.read(process.stderr.fileno(), 4096)):
