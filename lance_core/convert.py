@@ -97,7 +97,7 @@ def convert(
 def _plan_part(checkpoint: Checkpoint, part: str, wanted: str) -> list[Planned]:
     """What one part becomes; nothing is read yet."""
     held = checkpoint.parts[part]
-    if held.formats and FORMATS.get(wanted) is not None:
+    if held.formats:
         raise RequestError(
             f"{checkpoint.path} is quantised already ({', '.join({f.name for f in held.formats.values()})}); convert the original."
         )
@@ -107,8 +107,6 @@ def _plan_part(checkpoint: Checkpoint, part: str, wanted: str) -> list[Planned]:
     for name, (file, key) in held.tensors.items():
         shape = file.shapes[key]
         stored = _stored_name(part, name)
-        if name.rpartition(".")[0] in held.formats:
-            raise RequestError(f"{checkpoint.path} is quantised already; convert the original.")
         if format is not None and quantisable(name, checkpoint.config.llm.num_layers) and format.fits(*shape):
             planned += _plan_quantised(stored.removesuffix("weight"), shape, format, file, key)
         else:

@@ -76,13 +76,16 @@ class Guidance:
         low, high = torch.tensor(self.interval, dtype=torch.float32)
         return self.active and bool((low < t) & (t <= high))
 
-    def combine(self, cond: Tensor, uncond: Tensor) -> Tensor:
-        """Guided velocity [b, t, h, w, c] from both, each row on its own: w = u + s (c - u), then renorm."""
+    def combine(self, cond: Tensor, uncond: Tensor, channels: int = -1, floor: float | Tensor = 1e-8) -> Tensor:
+        """Guided velocity from both, each row on its own: w = u + s (c - u), then renorm.
+
+        channels: the axis of the latent's channels. floor: added to the norm divided by; scales with the velocity's unit.
+        """
         guided = uncond + self.scale * (cond - uncond)
         if self.renorm == "none":
             return guided
-        dims = (-1,) if self.renorm == "channel" else tuple(range(1, guided.dim()))
-        ratio = norm(cond, dims) / (norm(guided, dims) + 1e-8)
+        dims = (channels,) if self.renorm == "channel" else tuple(range(1, guided.dim()))
+        ratio = norm(cond, dims) / (norm(guided, dims) + floor)
         return guided * ratio.clamp(self.renorm_min, 1.0)
 
 

@@ -77,7 +77,7 @@ def write(
             weights |= {f"vit_model.{key}": tensor for key, tensor in vit_weights.items()}
         (root / name).mkdir()
         save_file(weights, root / name / "model.safetensors")
-        _write_json(root / name / "llm_config.json", _llm_json(llm, vit))
+        _write_json(root / name / "llm_config.json", llm_json(llm, vit))
         _write_tokenizer(root / name)
     return root
 
@@ -109,7 +109,8 @@ def _random(module: nn.Module, generator: torch.Generator, dtype: torch.dtype) -
     return weights
 
 
-def _llm_json(llm: LLMConfig, vit: ViTConfig) -> dict:
+def llm_json(llm: LLMConfig, vit: ViTConfig) -> dict:
+    """What llm_config.json says of these sizes."""
     return {
         "architectures": ["Qwen2_5_VLForConditionalGeneration"],
         "model_type": "qwen2_5_vl",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..lance_core.errors import NumericsError, RequestError
-from ..lance_core.sampler import Guidance, norm, schedule, seeded_noise
+from ..lance_core.sampler import Guidance, schedule, seeded_noise
 from .conditioning import KEY, Prompt
 from .model import LanceModel
 from .vision import check_latent
@@ -54,13 +54,8 @@ class LanceGuider(comfy.samplers.CFGGuider):
 
     def _combine(self, args: dict[str, Any]) -> Tensor:
         """Host protocol: "cond" and "uncond" are x - denoised, velocity times sigma, so the ratio of norms is the velocity's."""
-        cond, uncond = args["cond"].float(), args["uncond"].float()
-        guided = uncond + self.guidance.scale * (cond - uncond)
-        if self.guidance.renorm == "none":
-            return guided
-        dims = (1,) if self.guidance.renorm == "channel" else tuple(range(1, guided.ndim))
-        ratio = norm(cond, dims) / (norm(guided, dims) + 1e-8 * args["sigma"].flatten()[0].float())
-        return guided * ratio.clamp(self.guidance.renorm_min, 1.0)
+        floor = 1e-8 * args["sigma"].flatten()[0].float()
+        return self.guidance.combine(args["cond"].float(), args["uncond"].float(), channels=1, floor=floor)
 
 
 class LanceNoise:

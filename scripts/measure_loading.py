@@ -103,7 +103,7 @@ def write_case(folder: Path, case: Case, config: LanceConfig) -> Path:
     vit, vae = (layout(part, config, case.stored) for part in ("vit", "vae"))
     with tempfile.TemporaryDirectory() as small:
         donor = tiny.write(Path(small) / "tiny") / "Lance_3B"
-        raw = json.loads((donor / "llm_config.json").read_text(encoding="utf-8")) | llm_json(config)
+        raw = json.loads((donor / "llm_config.json").read_text(encoding="utf-8")) | tiny.llm_json(config.llm, config.vit)
         if case.stored != "fp32":
             tokenizer = json.loads((donor / "tokenizer.json").read_text(encoding="utf-8"))
             told = {"llm_config": raw, "tokenizer": tokenizer, "variant": "video", "vit_config": to_json(config.vit)}
@@ -123,23 +123,6 @@ def write_case(folder: Path, case: Case, config: LanceConfig) -> Path:
         write_sparse(folder / VIT_FOLDER / VIT_FILE, {name.removeprefix("vit_model."): entry for name, entry in vit.items()})
     write_sparse(folder / VAE_FILES[1], {name.removeprefix("vae."): entry for name, entry in vae.items()})
     return home
-
-
-def llm_json(config: LanceConfig) -> dict[str, Any]:
-    """What llm_config.json says of sizes."""
-    llm = config.llm
-    return {
-        "hidden_size": llm.hidden_size,
-        "intermediate_size": llm.intermediate_size,
-        "num_hidden_layers": llm.num_layers,
-        "num_attention_heads": llm.num_heads,
-        "num_key_value_heads": llm.num_kv_heads,
-        "vocab_size": llm.vocab_size,
-        "rms_norm_eps": llm.rms_eps,
-        "rope_theta": llm.rope_theta,
-        "rope_scaling": {"type": "mrope", "mrope_section": list(llm.mrope_section)},
-        "vision_config": to_json(config.vit),
-    }
 
 
 # -- one process ------------------------------------------------------------------------------------------------------
