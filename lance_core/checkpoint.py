@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import LanceConfig, Shapes, llm_config, numbered, read_json, vae_config, variant_of, vit_config
+from .decoder import homes, join
 from .errors import CheckpointError
 from .model import Generation, Understanding
 from .ops import TorchOps
@@ -63,10 +64,10 @@ class Part:
 
     @property
     def parameters(self) -> int:
-        """Number of weights; two of a 4-bit layer count as the two they are."""
-        packed = {f"{layer}.weight" for layer, f in self.formats.items() if f.name == "int4"}
-        side = [n for n in self.tensors if n.rpartition(".")[2] in SIDE_TENSORS]
-        return sum(torch.Size(s).numel() * (2 if n in packed else 1) for n, s in self.shapes.items() if n not in side)
+        """Number of weights; two in a byte count as the two they are."""
+        packed = {f"{layer}.weight": f.per_byte for layer, f in self.formats.items()}
+        shapes = {n: s for n, s in self.shapes.items() if n.rpartition(".")[2] not in SIDE_TENSORS}
+        return sum(torch.Size(s).numel() * packed.get(n, 1) for n, s in shapes.items())
 
     @property
     def nbytes(self) -> int:
@@ -261,7 +262,8 @@ class Checkpoint:
         for name, part in self.parts.items():
             if not part.tensors and name in ("vit", "vae"):
                 continue
-            expected = {k: tuple(v.shape) for k, v in self.build(name).state_dict().items()}
+            built = self.build(name).state_dict()
+            expected = {k: tuple(v.shape) for k, v in built.items()}
             found = part.shapes
             label = {key: part.tensors[key][1] for key in found}
             problems += [f"missing tensor {key} of the {name} part" for key in expected if key not in found]
@@ -271,24 +273,50 @@ class Checkpoint:
                 for key in expected.keys() & found.keys()
                 if found[key] != expected[key]
             ]
-            whole = {f"{layer}.weight" for layer in part.formats}
-            wrong = {k: d for k, d in part.dtypes.items() if k not in whole and not (d.is_floating_point and d.itemsize > 1)}
-            problems += [f"{label[k]} is {d}, expected float32, bfloat16 or float16" for k, d in wrong.items()]
+            for key in expected.keys() & found.keys():
+                given, kind = part.dtypes[key], built[key].dtype
+                plain = kind.is_floating_point and kind.itemsize > 1  # which a quantised layer's weight, for one, is not
+                if given != kind and not (plain and given.is_floating_point and given.itemsize > 1):
+                    problems.append(f"{label[key]} is {given}, expected {'float32, bfloat16 or float16' if plain else kind}")
         if problems:
             more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
             raise CheckpointError(
                 f"{self.path} does not hold the model its configuration describes: {'; '.join(sorted(problems)[:5])}{more}. Download it again."
             )
 
-    def tensors(self, part: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Iterator[tuple[str, Tensor]]:
+    def tensors(
+        self, part: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", module: nn.Module | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
         """The part's tensors one at a time, in the order they lie in the file, owning their memory.
 
-        dtype: of the result; None as in the file. What a quantised layer is kept in is never changed.
+        Args:
+            dtype: of the result; None as in the file. What a quantised layer is kept in is never changed.
+            module: whose weights they will be; if given, what it has joined (`decoder.join`) comes joined and under its names.
         """
         items = self.parts[part].tensors.items()
         kept = {f"{layer}.{leaf}" for layer in self.parts[part].formats for leaf in ("weight", *SIDE_TENSORS)}
+        joined = {} if module is None else homes(module)
+        begun: dict[str, tuple[Tensor, int]] = {}  # joined weights some of whose rows are there, and how many are missing
         for name, (file, key) in sorted(items, key=lambda item: item[1][0].offset(item[1][1])):
-            yield name, file.read(key, None if name in kept else dtype, device)
+            if name not in joined:
+                yield name, file.read(key, None if name in kept else dtype, device)
+                continue
+            whole, rows, shape = joined[name]
+            tensor, missing = begun.pop(whole, (None, shape[0]))
+            if tensor is None:
+                tensor = torch.empty(shape, dtype=dtype or file.dtypes[key], device=device)
+            file.read(key, out=tensor[rows])
+            missing -= rows.stop - rows.start
+            if missing:
+                begun[whole] = tensor, missing
+            else:
+                yield whole, tensor
+            del tensor
+
+    def count(self, part: str, module: nn.Module) -> int:
+        """How many tensors `tensors` gives for a module."""
+        joined = homes(module)
+        return len(self.parts[part].tensors) - len(joined) + len({whole for whole, *_ in joined.values()})
 
     def load(
         self,
@@ -298,10 +326,10 @@ class Checkpoint:
         dtype: torch.dtype = torch.bfloat16,
         progress: Progress | None = None,
     ) -> nn.Module:
-        """The part's module with its weights in `dtype` on `device`."""
-        module = self.build(part, ops).eval().requires_grad_(False)
-        done, total = 0, len(self.parts[part].tensors)
-        for name, tensor in self.tensors(part, dtype, device):  # not enumerate, which keeps its last pair alive
+        """The part's module with its weights in `dtype` on `device`, projections that share an input joined."""
+        module = join(self.build(part, ops)).eval().requires_grad_(False)
+        done, total = 0, self.count(part, module)
+        for name, tensor in self.tensors(part, dtype, device, module):  # not enumerate, which keeps its last pair alive
             owner, _, leaf = name.rpartition(".")
             setattr(module.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
             del tensor
@@ -311,6 +339,13 @@ class Checkpoint:
         return module
 
 
+def named_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """A module's weights under the names they have in a file's part: joined projections as the parts they are made of (views)."""
+    weights, parts = dict(module.named_parameters()), homes(module)
+    yield from ((name, weight) for name, weight in weights.items() if name not in {whole for whole, *_ in parts.values()})
+    yield from ((name, weights[whole][rows]) for name, (whole, rows, _) in parts.items())
+
+
 def non_finite(module: nn.Module) -> str | None:
     """Name of the first weight with NaN or infinity in it, for error messages."""
-    return next((name for name, p in module.named_parameters() if not bool(torch.isfinite(p.float()).all())), None)
+    return next((name for name, p in named_weights(module) if not bool(torch.isfinite(p.float()).all())), None)

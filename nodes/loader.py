@@ -12,6 +12,7 @@ import folder_paths
 
 from ..lance_core import download
 from ..lance_core.checkpoint import MODEL_FILES, Checkpoint, stored_config
+from ..lance_core.decoder import join
 from ..lance_core.errors import CheckpointError
 from ..lance_core.vit import VisionTower
 from ..lance_core.weights import SafetensorsFile
@@ -149,9 +150,9 @@ def _patchers(checkpoint: Checkpoint, dtype: str, disable_dynamic: bool = False)
     ops = host.operations(stored, compute)
 
     def part(which: str, module, patcher) -> None:
-        host.fill(patcher, module, checkpoint.tensors(which, stored), len(checkpoint.parts[which].tensors))
+        host.fill(patcher, module, checkpoint.tensors(which, stored, module=module), checkpoint.count(which, module))
 
-    understanding = checkpoint.build("und", ops, dtype=stored, make=quant.make).eval()
+    understanding = join(checkpoint.build("und", ops, dtype=stored, make=quant.make)).eval()
     und = host.make_patcher(understanding, disable_dynamic=disable_dynamic)
     part("und", understanding, und)
     main = model.build(config.llm, stored, compute, und, disable_dynamic, checkpoint.parts["gen"].formats)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..lance_core.config import LLMConfig
-from ..lance_core.decoder import PIECE
+from ..lance_core.decoder import PIECE, homes, join
 from ..lance_core.model import DualExpert, Generation
 from ..lance_core.quantize import Format, swap
 from . import host, quant
@@ -69,10 +69,15 @@ class Denoiser(Generation):
 class LanceModel(comfy.model_base.BaseModel):
     """The MODEL. `current_patcher` (set by the sampler) leads to the understanding expert."""
 
-    def __init__(self, config: LanceConfig, llm: LLMConfig, understanding: torch.nn.Module) -> None:
+    def __init__(self, config: LanceConfig, llm: LLMConfig, understanding: torch.nn.Module, formats: dict[str, Format]) -> None:
         super().__init__(config, comfy.model_base.ModelType.FLOW, device=torch.device("meta"), unet_model=Denoiser)
+        join(swap(self.diffusion_model, formats, quant.make))
         self.llm = llm
-        self.understanding_names = {f"{UND_PREFIX}{name}": None for name in understanding.state_dict()}
+        parts = homes(understanding)
+        self.understanding_names = [f"{UND_PREFIX}{name}" for name in (*understanding.state_dict(), *parts)]
+        self.homes = {f"{UND_PREFIX}{name}": (UND_PREFIX + whole, rows) for name, (whole, rows, _) in parts.items()}
+        own = homes(self.diffusion_model)
+        self.homes |= {f"diffusion_model.{name}": (f"diffusion_model.{whole}", rows) for name, (whole, rows, _) in own.items()}
         self.store = Store()
 
     @property
@@ -157,15 +162,30 @@ class LanceModel(comfy.model_base.BaseModel):
         widest = max(activations(rows, tokens), activations(1, max(contexts.values(), default=0)))
         return float(kv + widest + tokens * llm.hidden_size * size)
 
-    # -- the other expert's names -------------------------------------------------------------------------------
+    # -- names LoRAs know ---------------------------------------------------------------------------------------
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """This expert's weights, and the other's names, so that a LoRA on it is recognised (`LancePatcher` sends it there)."""
+        """This expert's weights; and, without any, the other's names and those of joined projections, so that LoRAs on them are
+        recognised (`_Routing` sends each where it belongs)."""
         state = super().state_dict(*args, **kwargs)
         if not args and not kwargs:
-            for name in self.understanding_names:
+            for name in (*self.understanding_names, *self.homes):
                 state.setdefault(name, _NO_WEIGHT)
         return state
+
+    def home(self, key: Any) -> Any:
+        """A patch's key, a name or (name, (axis, start, length), ...), with a projection that has been joined as rows of the joined one."""
+        name, offset, *rest = (key, None) if isinstance(key, str) else key
+        if name not in self.homes:
+            return key
+        whole, rows = self.homes[name]
+        if offset is None:
+            offset = (0, rows.start, rows.stop - rows.start)
+        elif offset[0] == 0:
+            offset = (0, rows.start + offset[1], offset[2])
+        else:
+            raise ValueError(f"a patch of columns of {name} cannot be applied; it can be of the whole weight or of rows")
+        return (whole, offset, *rest)
 
 
 _NO_WEIGHT = torch.empty(0)
@@ -191,19 +211,25 @@ class _Routing:
     """Patcher behaviour: patches named for the other expert go to its patcher; both are pinned to the same weights' id."""
 
     def add_patches(self, patches: dict, *args: Any, **kwargs: Any) -> list:
-        name = lambda key: key if isinstance(key, str) else key[0]  # noqa: E731
-        mine = {k: v for k, v in patches.items() if not name(k).startswith(UND_PREFIX)}
-        theirs = {k: v for k, v in patches.items() if name(k).startswith(UND_PREFIX)}
-        done = super().add_patches(mine, *args, **kwargs)
-        if theirs:
-            short = {_rename(k): v for k, v in theirs.items()}
-            taken = set(self.get_additional_models_with_key(UND)[0].add_patches(short, *args, **kwargs))
-            done += [k for k in theirs if _rename(k) in taken]
-        return done
+        homes = {self.model.home(key): key for key in patches}
+        mine = {k: patches[key] for k, key in homes.items() if not _name(k).startswith(UND_PREFIX)}
+        theirs = {_rename(k): patches[key] for k, key in homes.items() if _name(k).startswith(UND_PREFIX)}
+        done = set(super().add_patches(mine, *args, **kwargs))
+        taken = set(self.get_additional_models_with_key(UND)[0].add_patches(theirs, *args, **kwargs)) if theirs else ()
+        return [key for k, key in homes.items() if k in done or _rename(k) in taken]
+
+    def add_hook_patches(self, hook: Any, patches: dict, *args: Any, **kwargs: Any) -> list:
+        homes = {self.model.home(key): key for key in patches}
+        done = super().add_hook_patches(hook, {k: patches[key] for k, key in homes.items()}, *args, **kwargs)
+        return [homes[k] for k in done]
 
     def model_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """This expert's weights only, without the names `LanceModel.state_dict` lends to LoRAs."""
-        return {k: v for k, v in super().model_state_dict(*args, **kwargs).items() if not k.startswith(UND_PREFIX)}
+        return {k: v for k, v in super().model_state_dict(*args, **kwargs).items() if v is not _NO_WEIGHT}
+
+
+def _name(key: Any) -> str:
+    return key if isinstance(key, str) else key[0]
 
 
 def _rename(key: Any) -> Any:
@@ -225,8 +251,7 @@ def build(
     config = LanceConfig({"llm": llm})
     config.set_inference_dtype(stored, None if stored == compute else compute)
     config.custom_operations = host.operations(stored, compute)
-    model = LanceModel(config, llm, understanding.model)
-    swap(model.diffusion_model, formats or {}, quant.make)
+    model = LanceModel(config, llm, understanding.model, formats or {})
     model.device = mm.unet_offload_device()
     patcher = host.make_patcher(model, _Routing, disable_dynamic=disable_dynamic)
     patcher.set_additional_models(UND, [understanding])

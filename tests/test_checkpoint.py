@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import lance_core
 from lance_core import CheckpointError
-from lance_core.checkpoint import Checkpoint
+from lance_core.checkpoint import Checkpoint, named_weights
 from lance_core.weights import SafetensorsFile, TorchFile, open_weights
 
 LAYER = "language_model.model.layers.1."
@@ -392,7 +392,7 @@ def test_weights_are_those_of_the_file_in_the_dtype_asked_for(golden, dtype):
     used = set()
     for part in ("und", "gen", "vit", "vae"):
         module = checkpoint.load(part, dtype=dtype)
-        for name, weight in module.named_parameters():
+        for name, weight in named_weights(module):
             key = checkpoint.parts[part].tensors[name][1]
             used.add(key)
             assert weight.dtype == dtype and not weight.requires_grad and weight.device.type == "cpu"

@@ -92,10 +92,15 @@ def test_model_sampling_sd3(comfy):
 LORA = {  # module -> the released weight it changes
     "gen": {
         "layers.0.self_attn.q_proj": "language_model.model.layers.0.self_attn.q_proj_moe_gen.weight",
+        "layers.0.self_attn.k_proj": "language_model.model.layers.0.self_attn.k_proj_moe_gen.weight",
+        "layers.1.mlp.up_proj": "language_model.model.layers.1.mlp_moe_gen.up_proj.weight",
         "layers.2.mlp.down_proj": "language_model.model.layers.2.mlp_moe_gen.down_proj.weight",
         "llm2vae": "llm2vae.weight",
     },
-    "und": {"understanding.layers.1.self_attn.v_proj": "language_model.model.layers.1.self_attn.v_proj.weight"},
+    "und": {
+        "understanding.layers.1.self_attn.v_proj": "language_model.model.layers.1.self_attn.v_proj.weight",
+        "understanding.layers.0.mlp.gate_proj": "language_model.model.layers.0.mlp.gate_proj.weight",
+    },
 }
 
 
@@ -142,6 +147,19 @@ def test_lora_is_what_it_would_be_merged(comfy, loras, expert):
     samples(comfy, lance(t2i(), seed=8))
     comfy._executor.reset()
     assert torch.equal(samples(comfy, lance(t2i())), plain)
+
+
+def test_lora_as_a_conditioning_hook_is_what_it_would_be_merged(comfy, loras):
+    """Hooks patch weights for one conditioning at a time, by other ways than a loader's LoRA."""
+    merged = t2i()
+    merged["loader"]["inputs"]["checkpoint"] = "merged_gen"
+    graph = t2i()
+    graph["hook"] = node("CreateHookLoraModelOnly", lora_name="gen.safetensors", strength_model=0.8)
+    pair = {"positive_NEW": ["text", 0], "negative_NEW": ["text", 1]}
+    graph["hooked"] = node("PairConditioningSetProperties", **pair, hooks=["hook", 0], strength=1.0, set_cond_area="default")
+    hooked = ksampler(graph, positive=["hooked", 0], negative=["hooked", 1])
+    assert away(samples(comfy, hooked), samples(comfy, ksampler(merged))) < 1e-5
+    assert away(samples(comfy, hooked), samples(comfy, ksampler(t2i()))) > 0.01
 
 
 def test_lora_leaves_understanding_alone(comfy, loras):
