@@ -117,24 +117,29 @@ class SafetensorsFile:
         """Where the tensor lies, so that a file can be read front to back."""
         return self.entries[name].start
 
-    def read(self, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
-        """The tensor, owning its memory; in the file's dtype, or cast on the way in pieces, so that nothing is held twice."""
+    def read(self, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", out: Tensor | None = None) -> Tensor:
+        """The tensor, owning its memory; in the file's dtype, or cast on the way in pieces, so that nothing is held twice.
+
+        out: contiguous, of its shape, to be written instead of new memory; its dtype and device count.
+        """
         entry = self.entries[name]
-        out = torch.empty(entry.shape, dtype=dtype or entry.dtype, device=device)
+        out = torch.empty(entry.shape, dtype=dtype or entry.dtype, device=device) if out is None else out
         flat = out.view(-1)
         direct = out.dtype == entry.dtype and out.device.type == "cpu"
-        step = entry.nbytes if direct else PIECE
         scratch = flat.view(torch.uint8) if direct else _mapped(min(PIECE, entry.nbytes))
         try:
             with open(self.path, "rb", buffering=0) as file:
                 file.seek(entry.start)
-                for start in range(0, entry.nbytes, max(step, 1)):
-                    piece = scratch[: min(step, entry.nbytes - start)]
-                    self._fill(file, piece, name)
-                    if not direct:
-                        values = piece.view(entry.dtype)
-                        at = start // entry.dtype.itemsize
-                        flat[at : at + values.numel()].copy_(values)
+                for start in range(0, entry.nbytes, PIECE):
+                    size = min(PIECE, entry.nbytes - start)
+                    if direct:
+                        # Zeroed first: systems read twice as fast into memory that is already there as into new memory.
+                        self._fill(file, scratch[start : start + size].zero_(), name)
+                        continue
+                    self._fill(file, scratch[:size], name)
+                    values = scratch[:size].view(entry.dtype)
+                    at = start // entry.dtype.itemsize
+                    flat[at : at + values.numel()].copy_(values)
         except OSError as error:
             raise CheckpointError(f"{self.path} cannot be read at {name} ({error}).") from None
         return out
@@ -189,9 +194,9 @@ class TorchFile:
     def offset(self, name: str) -> int:
         return self._state[name].storage_offset()
 
-    def read(self, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Tensor:
-        """The tensor, owning its memory: the archive is mapped, and must not live on in what was read from it."""
-        return self._state[name].to(device=device, dtype=dtype, copy=True)
+    def read(self, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", out: Tensor | None = None) -> Tensor:
+        """The tensor, owning its memory: the archive is mapped, and must not live on in what was read from it. As above."""
+        return self._state[name].to(device=device, dtype=dtype, copy=True) if out is None else out.copy_(self._state[name])
 
 
 WeightFile = SafetensorsFile | TorchFile
