@@ -79,6 +79,7 @@ def parser() -> argparse.ArgumentParser:
     common.add_argument("--vae", metavar="FILE", help="VAE, if it is not beside the checkpoint")
     common.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     common.add_argument("--dtype", choices=DTYPES, default="bf16", help="default: %(default)s")
+    common.add_argument("--compile", action="store_true", help="fuse small steps with torch.compile: takes minutes once")
     common.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     common.add_argument("-q", "--quiet", action="store_true", help="no progress bars")
     for task in TASKS.values():
@@ -154,7 +155,8 @@ def run_task(args: argparse.Namespace, task: Task, bars: Bars) -> dict[str, Any]
     """One generation or understanding command; returns its machine-readable result."""
     output = _check_output(args, task)
     name = "Lance_3B_Video" if task.is_video else "Lance_3B"
-    lance = load(args.model or Path("models/lance") / name, args.device, DTYPES[args.dtype], vit=args.vit, vae=args.vae, progress=bars)
+    where = args.model or Path("models/lance") / name
+    lance = load(where, args.device, DTYPES[args.dtype], vit=args.vit, vae=args.vae, compile=args.compile, progress=bars)
     if task.output == "text":
         return _understand(args, task, lance, bars)
     return _generate(args, task, lance, output, bars)

@@ -11,6 +11,7 @@ from .errors import NumericsError, RequestError
 from .model import DualExpert
 from .prompts import Tokenizer
 from .sequence import Sequence
+from .token_loop import TokenLoop
 
 
 class Piece(str):
@@ -30,9 +31,13 @@ class Chooser:
         self.temperature, self.top_p = temperature, top_p
         self.generator = torch.Generator().manual_seed(seed)
 
-    def __call__(self, logits: Tensor) -> int:
+    def __call__(self, logits: Tensor) -> int | None:
+        """The token, or None where there is NaN or infinity in the logits."""
         if self.temperature == 0:
-            return int(logits.argmax())
+            token, finite = torch.stack([logits.argmax(), torch.isfinite(logits).all().long()]).tolist()  # one wait for the device
+            return token if finite else None
+        if not bool(torch.isfinite(logits).all()):
+            return None
         probabilities = torch.softmax(logits.double().cpu() / self.temperature, dim=-1)
         ordered, index = probabilities.sort(descending=True, stable=True)
         ordered[ordered.cumsum(-1) - ordered >= self.top_p] = 0  # the nucleus includes the token that reaches top_p
@@ -47,11 +52,13 @@ def write(
     max_new_tokens: int,
     choose: Chooser,
     on_token: Callable[[Piece], None] | None = None,
+    fixed: bool = False,
 ) -> tuple[str, list[int]]:
     """Write after an understanding sequence until the end token or the limit.
 
     Args:
         on_token: called with each new piece of text; raise in it to stop.
+        fixed: see `TokenLoop`.
 
     Returns: the text without the end token, and every id, the end token included if it was reached.
 
@@ -59,13 +66,13 @@ def write(
         NumericsError: NaN or infinity in the logits; says at which token.
     """
     context, logits, position = model.read(sequence, tokens_per_second, max_new_tokens - 1)
+    following = TokenLoop(model, context, position, fixed)
     ids: list[int] = []
     written = 0
     while True:
-        logits = logits[: len(tokenizer)]
-        if not bool(torch.isfinite(logits).all()):
+        token = choose(logits[: len(tokenizer)])
+        if token is None:
             raise NumericsError(f"token {len(ids) + 1} of the answer: NaN or infinity in the logits")
-        token = choose(logits)
         ids.append(token)
         ended = token == tokenizer.im_end
         over = ended or len(ids) == max_new_tokens
@@ -79,5 +86,4 @@ def write(
             on_token(piece)
         if over:
             return text, ids
-        logits = model.next_token(context, token, position)
-        position += 1
+        logits = following(token)

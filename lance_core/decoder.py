@@ -9,16 +9,20 @@ Precision: weights and matmuls in the compute dtype; norms and rope compute in f
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache, partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cache import Attend
 from .config import LLMConfig
+from .errors import RequestError
 from .ops import TorchOps
-from .rope import rotate
+from .rope import rotate_into
 
-PIECE = 8192  # tokens a feed-forward takes at once; wide enough to keep any device busy
+PIECE = 8192  # tokens a feed-forward takes at once; enough to keep any device busy
 # Projections of one input that run as one product, by the name of the joined layer; files keep them apart.
 JOINED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
@@ -59,15 +63,7 @@ class MLP(nn.Module):
         self.down_proj = ops.Linear(config.intermediate_size, config.hidden_size, **kw)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [b, n, hidden]; long sequences go through in pieces, so that the wide intermediates of a video never exist at once."""
-        if x.shape[1] <= PIECE or x.requires_grad:
-            return self._piece(x)
-        out = torch.empty_like(x)
-        for start in range(0, x.shape[1], PIECE):
-            out[:, start : start + PIECE] = self._piece(x[:, start : start + PIECE])
-        return out
-
-    def _piece(self, x: Tensor) -> Tensor:
+        """x [b, n, hidden] -> the same shape."""
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1) if "gate_up_proj" in self._modules else (self.gate_proj(x), self.up_proj(x))
         if gate.requires_grad:
             return self.down_proj(F.silu(gate) * up)
@@ -86,14 +82,30 @@ class ExpertLayer(nn.Module):
         self.post_attention_layernorm = ops.RMSNorm(config.hidden_size, **norm)
         self.mlp = MLP(config, **kw)
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self.self_attn.project(self.input_layernorm(x))
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Write the rotated queries and keys and the values of x [b, n, hidden] to q, k and v [b, n, heads, width]: slices of tensors
+        that both experts fill, so that joining them costs no pass of its own."""
+        queries, keys, values = self.self_attn.project(self.input_layernorm(x))
+        rotate_into(q, queries, cos, sin)
+        rotate_into(k, keys, cos, sin)
+        v.copy_(values)
 
-    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
-        """Residual stream after attention [b, n, heads, width] and the feed-forward. Without autograd, x is overwritten."""
+    def attended(self, x: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
+        """Residual stream after attention [b, n, heads, width], and what the feed-forward reads. Without autograd, x is overwritten."""
         # Contiguous, because torch multiplies a sliced batch row by row, copying the weight each time.
         x = _add(x, self.self_attn.o_proj(attended.flatten(2).contiguous()))
-        return _add(x, self.mlp(self.post_attention_layernorm(x)))
+        return x, self.post_attention_layernorm(x)
+
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        """Residual stream after attention and feed-forward. Without autograd, x is overwritten; long sequences then go through in
+        pieces, so that the wide intermediates of a video never exist at once."""
+        x, normed = self.attended(x, attended)
+        if torch.is_grad_enabled():
+            return x + self.mlp(normed)
+        for start in range(0, x.shape[1], PIECE):
+            one = slice(start, start + PIECE)
+            x[:, one].add_(self.mlp(normed[:, one]))
+        return x
 
 
 def _add(x: Tensor, more: Tensor) -> Tensor:
@@ -138,6 +150,39 @@ def homes(module: nn.Module) -> dict[str, tuple[str, slice, tuple[int, ...]]]:
     return found
 
 
+def compile_layers(module: nn.Module) -> nn.Module:
+    """Have torch.compile fuse what lies between a layer's matrix products, in place; returns the module.
+
+    All layers of both experts share three compiled functions; sizes are symbolic, so other prompts and pictures compile nothing
+    anew: once for one row and once for several, one token and several.
+    """
+    project, attended, mlp = _compiled()
+    for layer in module.layers:
+        layer.project, layer.attended = partial(project, layer), partial(attended, layer)
+        layer.mlp.forward = partial(mlp, layer.mlp)
+    return module
+
+
+def check_compiler(device: torch.device) -> None:
+    """Compile a trifle, so that what is missing is told before any weight is read.
+
+    Raises:
+        RequestError: torch.compile does not work on this machine; says why.
+    """
+    try:
+        torch.compile(lambda x: x * 2 + 1)(torch.ones(2, device=device))
+    except Exception as error:  # a C++ compiler, Triton, Python's headers: whatever is missing has an exception of its own
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise RequestError(
+            f"compile: torch.compile does not work here ({reason[:200]}); leave it off, or install what is missing"
+        ) from None
+
+
+@cache
+def _compiled() -> tuple[Callable, ...]:
+    return tuple(torch.compile(f, dynamic=True) for f in (ExpertLayer.project, ExpertLayer.attended, MLP.forward))
+
+
 def run_layer(
     index: int,
     und_layer: ExpertLayer,
@@ -152,15 +197,14 @@ def run_layer(
 
     und: [b, u, hidden]; gen: [b, g, hidden] or None; cos, sin: [b or 1, u + g, width], markers first.
     """
-    parts = [und_layer.project(und)]
+    split, attention = und.shape[1], und_layer.self_attn
+    b, n = und.shape[0], split + (0 if gen is None else gen.shape[1])
+    q, k, v = (und.new_empty(b, n, heads, attention.width) for heads in attention.heads)
+    und_layer.project(und, cos[:, :split], sin[:, :split], *(t[:, :split] for t in (q, k, v)))
     if gen is not None:
-        parts.append(gen_layer.project(gen))
-    q, k, v = (torch.cat(p, dim=1) if len(p) > 1 else p[0] for p in zip(*parts, strict=True))
-    del parts  # a video's are hundreds of megabytes, as are the next
-    q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        gen_layer.project(gen, cos[:, split:], sin[:, split:], *(t[:, split:] for t in (q, k, v)))
     out = attend(index, q, k, v)
-    del q, k, v
-    split = und.shape[1]
+    del q, k, v  # a video's are hundreds of megabytes
     und = und_layer.finish(und, out[:, :split])
     return und, None if gen is None else gen_layer.finish(gen, out[:, split:])
 

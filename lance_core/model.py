@@ -6,6 +6,7 @@ checkpoint's names (less the `_moe_gen` that tells the experts apart) and never 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
@@ -71,8 +72,8 @@ class Generation(nn.Module):
 def time_sinusoids(t: Tensor) -> Tensor:
     """128 cosines then 128 sines of t * 10000^(-i/128), float32 [..., 256]; t in 0..1 and not scaled (as in DiT)."""
     half = TIME_FREQUENCIES // 2
-    frequencies = torch.exp(-torch.log(torch.tensor(10000.0)) * torch.arange(half, dtype=torch.float32) / half)
-    angles = t.float()[..., None] * frequencies.to(t.device)
+    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    angles = t.float()[..., None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
@@ -172,7 +173,8 @@ class DualExpert:
 
     # -- context ------------------------------------------------------------------------------------------------
 
-    def _embed(self, ids: SequenceOf[int]) -> Tensor:
+    def embed(self, ids: SequenceOf[int]) -> Tensor:
+        """Embeddings of text tokens, [1, n, hidden]."""
         return self.und.embed_tokens(torch.tensor([list(ids)], device=self.device)).to(self.dtype)
 
     def _run(self, und: Tensor, gen: Tensor | None, position: Tensor, attend: Attend) -> tuple[Tensor, Tensor | None]:
@@ -188,7 +190,7 @@ class DualExpert:
             position = torch.cat([positions[id(s)] for s in group], dim=1)
             first, gen = group[0], None
             if first.kind is Kind.TEXT:
-                und = self._embed([i for s in group for i in s.ids])
+                und = self.embed([i for s in group for i in s.ids])
             elif first.kind is Kind.SEEN:
                 und = torch.cat([markers, first.data.to(self.device, self.dtype)[None]], dim=1)
             else:
@@ -204,7 +206,7 @@ class DualExpert:
 
     def markers(self, sequence: Sequence) -> Tensor:
         """Embeddings of the two marker tokens, [1, 2, hidden]."""
-        return self._embed([sequence.start, sequence.end])
+        return self.embed([sequence.start, sequence.end])
 
     def new_context(self, prefix: int, rests: tuple[int, ...] = (0,), target: int = 0) -> Context:
         """An empty context on this model's device."""
@@ -277,5 +279,5 @@ class DualExpert:
     def next_token(self, context: Context, token: int, position: int) -> Tensor:
         """Append one text token at `position` and return the logits of the one after it, float32 [vocabulary]."""
         with context.extend(None, 1, True, self.attention) as attend:
-            hidden, _ = self._run(self._embed([token]), None, torch.full((3, 1), position), attend)
+            hidden, _ = self._run(self.embed([token]), None, torch.full((3, 1), position), attend)
         return self.logits(hidden)

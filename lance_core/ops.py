@@ -63,7 +63,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
         return flash_attn_func(q, k, v, causal=causal)
     queries, keys, heads, groups = q.shape[1], k.shape[1], q.shape[2], k.shape[2]
     causal = causal and queries > 1
-    if heads != groups and not NATIVE_GROUPS:
+    # Of CUDA's backends only flash and cuDNN know grouped heads, and neither takes a mask or float32; the rest would expand the keys.
+    native = NATIVE_GROUPS and not (q.is_cuda and (q.dtype == torch.float32 or (causal and queries != keys)))
+    if heads != groups and not native:
         return _folded(q, k, v, causal)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     mask = causal_mask(queries, keys, q.device) if causal and queries != keys else None
@@ -92,7 +94,7 @@ def unfold_groups(out: Tensor, heads: int) -> Tensor:
 
 
 def _folded(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    """Grouped heads on a torch that has none of its own."""
+    """Grouped heads for backends that have none of their own."""
     heads, groups = q.shape[2], k.shape[2]
     mask = causal_mask(q.shape[1], k.shape[1], q.device).repeat(heads // groups, 1) if causal else None
     out = F.scaled_dot_product_attention(fold_groups(q, groups), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)

@@ -15,6 +15,7 @@ from . import media, preprocess, prompts, request
 from .answer import Chooser, Piece, write
 from .checkpoint import Checkpoint, Progress, non_finite
 from .config import LATENT_CHANNELS, OUTPUT_FPS, LanceConfig
+from .decoder import check_compiler, compile_layers
 from .errors import NumericsError, RequestError
 from .model import Branch, DualExpert, Plan, Prepared
 from .ops import Attention, attention
@@ -56,6 +57,7 @@ def load(
     *,
     vit: str | os.PathLike | None = None,
     vae: str | os.PathLike | None = None,
+    compile: bool = False,
     progress: Progress | None = None,
 ) -> Lance:
     """Open a checkpoint. Everything is checked now; each part's weights are read when first needed, and kept.
@@ -64,11 +66,12 @@ def load(
         path: `.../Lance_3B` or `.../Lance_3B_Video`; the ViT and VAE are found inside or beside it.
         device, dtype: of the weights and the computation.
         vit, vae: files to use instead.
+        compile: fuse the decoder's small steps with torch.compile, and on CUDA write text from a graph; the same up to rounding.
         progress: (what, done, total) on everything that takes time.
 
     Raises:
         CheckpointError: missing, damaged, or another model.
-        RequestError: a device or dtype torch does not have.
+        RequestError: a device or dtype torch does not have, or nothing that torch.compile could compile with.
     """
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise RequestError(f"dtype is {dtype}, expected torch.float32, bfloat16 or float16")
@@ -77,14 +80,18 @@ def load(
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise RequestError(f"device {device!r} cannot be used ({str(error).splitlines()[0]}); 'cpu' always can") from None
-    return Lance(Checkpoint(path, vit, vae), device, dtype, progress)
+    if compile:
+        check_compiler(device)
+    return Lance(Checkpoint(path, vit, vae), device, dtype, progress, compile)
 
 
 class Lance:
     """An opened checkpoint that generates and understands. Made by `load`."""
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, progress: Progress | None = None) -> None:
-        self.checkpoint, self.device, self.dtype, self.progress = checkpoint, device, dtype, progress
+    def __init__(
+        self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, progress: Progress | None = None, compile: bool = False
+    ) -> None:
+        self.checkpoint, self.device, self.dtype, self.progress, self.compile = checkpoint, device, dtype, progress, compile
         self._parts: dict[str, nn.Module] = {}
 
     @property
@@ -95,6 +102,8 @@ class Lance:
         """One of "und", "gen", "vit", "vae", loaded when first asked for."""
         if name not in self._parts:
             self._parts[name] = self.checkpoint.load(name, device=self.device, dtype=self.dtype, progress=self.progress)
+            if self.compile and name in ("und", "gen"):
+                compile_layers(self._parts[name])
         return self._parts[name]
 
     def unload(self, *names: str) -> None:
@@ -204,11 +213,7 @@ class Lance:
         x = self._noise(noise, batch, grid, source_tokens, seed)
         latent = self.denoise(prepared, x, times, guidance, first_frame, callback if batch > 1 else _unbatched(callback))
         pixels = self.decode_vae(latent)
-        asked = {
-            "task": task,
-            "prompt": prompt,
-            "negative_prompt": negative_prompt,
-            "system_prompt": system_prompt,
+        asked = {"task": task, "prompt": prompt, "negative_prompt": negative_prompt, "system_prompt": system_prompt} | {
             "resolution": resolution,
             "width": pixels.shape[3],
             "height": pixels.shape[2],
@@ -345,10 +350,11 @@ class Lance:
             if on_token is not None:
                 on_token(piece)
 
-        model, rate = self.experts(generation=False), self.config.tokens_per_second
         self._report("writing", 0, max_new_tokens)
+        model, rate = self.experts(generation=False), self.config.tokens_per_second
         try:
-            return Answer(*write(model, self.checkpoint.tokenizer, sequence, rate, max_new_tokens, choose, show))
+            fixed = self.compile and self.device.type == "cuda"
+            return Answer(*write(model, self.checkpoint.tokenizer, sequence, rate, max_new_tokens, choose, show, fixed))
         except NumericsError as error:
             raise NumericsError(f"{error}{self._blame('und', 'vit')}") from None
 

@@ -71,24 +71,23 @@ def tables(position: Tensor, config: LLMConfig, device: torch.device | str | Non
     return angles.cos().to(device), angles.sin().to(device)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate heads x [b, n, heads, width] by cos/sin [b or 1, n, width], half-rotation style, in float32.
+def rotate_into(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Write heads x [b, n, heads, width], rotated by cos/sin [b or 1, n, width], to `out`, shaped like x and free of it.
 
-    Long sequences go through in pieces, so that the float32 copies of a video's queries never exist at once.
+    Half-rotation style, in float32. Long sequences go through in pieces, so that the float32 copies of a video's queries never
+    exist at once; compiled, there are no such copies.
     """
-    if x.shape[1] <= PIECE or x.requires_grad:
-        return _rotate(x, cos, sin)
-    out = torch.empty_like(x)
-    for start in range(0, x.shape[1], PIECE):
-        one = slice(start, start + PIECE)
-        out[:, one] = _rotate(x[:, one], cos[:, one], sin[:, one])
-    return out
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():
+        out.copy_(torch.cat(_halves(x, cos, sin), dim=-1))
+        return
     half = x.shape[-1] // 2
-    wide, cos, sin = x.float(), cos.unsqueeze(-2), sin.unsqueeze(-2)[..., :half]
-    out = wide * cos
-    out[..., :half].addcmul_(wide[..., half:], sin, value=-1)
-    out[..., half:].addcmul_(wide[..., :half], sin)
-    return out.to(x.dtype)
+    for begin in range(0, x.shape[1], PIECE):
+        one = slice(begin, begin + PIECE)
+        out[:, one, :, :half], out[:, one, :, half:] = _halves(x[:, one], cos[:, one], sin[:, one])
+
+
+def _halves(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Both halves of the rotated heads, float32. The tables repeat themselves after half the width."""
+    low, high = x.float().chunk(2, dim=-1)
+    cos, sin = (table.unsqueeze(-2)[..., : low.shape[-1]] for table in (cos, sin))
+    return torch.addcmul(low * cos, high, sin, value=-1), torch.addcmul(high * cos, low, sin)

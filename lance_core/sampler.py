@@ -122,13 +122,13 @@ def euler(
     """
     total = len(times) - 1
     failed = torch.full((), total, dtype=torch.long, device=x.device)  # first bad step, kept on the device: no sync a step
-    x = x.clone()
+    x, at = x.clone(), times.to(x.device)  # one copy, so that no step waits for its own
     for i in range(total):
-        cond, uncond = velocity(x, times[i], guidance.applies(times[i]))
+        cond, uncond = velocity(x, at[i], guidance.applies(times[i]))
         v = cond if uncond is None else guidance.combine(cond, uncond)
         if fixed is not None:
             v = v.masked_fill(fixed, 0)
-        x -= v * (times[i] - times[i + 1]).to(x.device)
+        x -= v * (at[i] - at[i + 1])
         failed = torch.where(torch.isfinite(x).all(), failed, failed.clamp(max=i))
         if callback is not None:
             callback(i + 1, total, x)

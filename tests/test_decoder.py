@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 
+import lance_core
+from lance_core import RequestError, rope
 from lance_core.checkpoint import Checkpoint, named_weights
 from lance_core.convert import convert
-from lance_core.decoder import JOINED, MLP, PIECE, SelfAttention, homes, join
+from lance_core.decoder import JOINED, MLP, PIECE, ExpertLayer, SelfAttention, check_compiler, homes, join
+from lance_core.sequence import Kind, Role, Segment, Sequence
 from lance_core.tiny import LLM
+from lance_core.token_loop import TokenLoop
 
 APART = {part for parts in JOINED.values() for part in parts}
 
@@ -35,10 +40,25 @@ def test_joined_projections_give_what_they_give_apart(dtype, tolerance, tokens):
     torch.testing.assert_close(apart[1](x), joined[1](x), rtol=tolerance, atol=tolerance)
 
 
-def test_a_joined_feed_forward_in_pieces_gives_the_whole():
-    module = join(filled(MLP(LLM)))
-    x = torch.randn(1, PIECE + 3, LLM.hidden_size, generator=torch.Generator().manual_seed(1))
-    torch.testing.assert_close(module(x), module._piece(x), rtol=1e-6, atol=1e-6)
+def test_a_long_sequence_goes_through_in_pieces_and_comes_out_the_same():
+    layer, generator = join(filled(ExpertLayer(LLM))), torch.Generator().manual_seed(1)
+    x = torch.randn(1, PIECE + 3, LLM.hidden_size, generator=generator)
+    heads = torch.randn(1, PIECE + 3, LLM.num_heads, LLM.head_dim, generator=generator)
+    with torch.no_grad():
+        whole, normed = layer.attended(x.clone(), heads)
+        whole = whole + layer.mlp(normed)
+        torch.testing.assert_close(layer.finish(x.clone(), heads), whole, rtol=1e-6, atol=1e-6)
+
+
+def test_heads_are_rotated_alike_in_pieces_and_whole():
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(1, rope.PIECE + 3, 2, 8, generator=generator)
+    angles = torch.randn(1, rope.PIECE + 3, 4, generator=generator).repeat(1, 1, 2)
+    cos, sin = angles.cos(), angles.sin()
+    turned = torch.cat([-x[..., 4:], x[..., :4]], dim=-1)
+    out = torch.empty_like(x)
+    rope.rotate_into(out, x, cos, sin)
+    torch.testing.assert_close(out, x * cos[:, :, None] + turned * sin[:, :, None])
 
 
 def test_joined_projections_can_be_trained():
@@ -68,3 +88,93 @@ def test_what_is_quantised_stays_apart(golden, tmp_path):
     assert quantised and not any(name.rpartition(".")[0].rpartition(".")[0] in quantised for name in homes(module))
     assert hasattr(module.layers[0].self_attn, "qkv_proj") and hasattr(module.layers[1].self_attn, "q_proj")
     assert dict(named_weights(module)).keys() == checkpoint.parts["gen"].tensors.keys()
+
+
+# -- compiled, and with steps of one shape ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def compiler():
+    """Skips, aloud, where torch.compile has nothing to compile with."""
+    try:
+        check_compiler(torch.device("cpu"))
+    except RequestError as error:
+        pytest.skip(str(error))
+
+
+def test_compiled_layers_give_what_plain_ones_give_and_are_compiled_once(golden, compiler):
+    folder = golden / "checkpoint" / "Lance_3B"
+    plain, fast = (lance_core.load(folder, dtype=torch.float32, compile=compile) for compile in (False, True))
+    photo = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    graphs = []
+    for prompt, width, height, batch in (("a", 64, 96, 2), ("quite another, longer prompt", 96, 64, 1), ("b", 128, 64, 3)):
+        size = {"width": width, "height": height, "batch_size": batch, "steps": 2}
+        one, other = (lance.generate("t2i", prompt, **size).latent for lance in (plain, fast))
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-4)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    answers = [lance.understand("What?", image=photo, resolution="image_256res", max_new_tokens=4).token_ids for lance in (plain, fast)]
+    assert answers[0] == answers[1]
+    assert graphs[0] > 0 and graphs[-1] <= graphs[0] + 3, f"compiled anew for other sizes: {graphs}"
+
+
+def test_nothing_to_compile_with_is_told_before_loading(golden, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("no compiler found\nat length")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.raises(RequestError, match=r"no compiler found\); leave it off"):
+        lance_core.load(golden / "checkpoint" / "Lance_3B", compile=True)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+@torch.inference_mode()
+def test_a_loop_of_one_shape_writes_what_the_plain_one_writes(golden, dtype, tolerance):
+    model = lance_core.load(golden / "checkpoint" / "Lance_3B", dtype=dtype).experts(generation=False)
+    sequence = Sequence((Segment(Kind.TEXT, Role.CAPTION, ids=tuple(range(5, 25))),), None, 0, 1, 2)
+    loops = []
+    for fixed in (False, True):
+        context, _, position = model.read(sequence, 2.0, 6)
+        for buffer in (*context.keys, *context.values):  # what memory nobody has written may hold
+            buffer[20:] = float("nan")
+        loops.append(TokenLoop(model, context, position, fixed))
+    for token in (3, 9, 4, 4, 250, 17):
+        one, other = (loop(token).clone() for loop in loops)
+        assert bool(torch.isfinite(one).all())
+        assert float((one - other).norm() / one.norm()) < tolerance
+    assert [loop.context.filled[None] for loop in loops] == [26, 26]
+    for loop in loops:
+        with pytest.raises(ValueError, match="6 tokens fit"):
+            loop(1)
+
+
+@torch.inference_mode()
+def test_a_loop_goes_on_as_one_pass_over_everything_would(golden):
+    """The logits after a written token are those of a prompt that ends with it."""
+    model = lance_core.load(golden / "checkpoint" / "Lance_3B", dtype=torch.float32).experts(generation=False)
+    ids = tuple(range(5, 25))
+    said = [3, 9, 4]
+
+    def read(ids, room):
+        return model.read(Sequence((Segment(Kind.TEXT, Role.CAPTION, ids=ids),), None, 0, 1, 2), 2.0, room)
+
+    context, _, position = read(ids, len(said))
+    loop = TokenLoop(model, context, position)
+    for i, token in enumerate(said):
+        torch.testing.assert_close(loop(token), read((*ids, *said[: i + 1]), 0)[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: recording a graph was not tested")
+@torch.inference_mode()
+def test_a_recorded_loop_writes_what_the_plain_one_writes(golden):
+    lance = lance_core.load(golden / "checkpoint" / "Lance_3B", device="cuda", dtype=torch.float32)
+    model = lance.experts(generation=False)
+    sequence = Sequence((Segment(Kind.TEXT, Role.CAPTION, ids=tuple(range(5, 25))),), None, 0, 1, 2)
+    loops = []
+    for fixed in (False, True):
+        context, _, position = model.read(sequence, 2.0, 8)
+        loops.append(TokenLoop(model, context, position, fixed))
+    for token in (3, 9, 4, 4, 250, 17, 8, 1):
+        one, other = (loop(token).clone() for loop in loops)
+        assert float((one - other).norm() / one.norm()) < 1e-4

@@ -15,8 +15,8 @@ FILES = sorted(CORE.glob("*.py"))
 # fmt: off
 ORDER = [
     "errors", "config", "ops", "sequence", "rope", "cache", "decoder", "vit", "vae_blocks", "vae_memory", "vae", "model", "sampler",
-    "preprocess", "prompts", "media", "request", "weights", "answer", "quantize", "checkpoint", "tiny", "convert", "transfer", "download",
-    "pipeline", "__init__", "info",
+    "preprocess", "prompts", "media", "request", "weights", "token_loop", "answer", "quantize", "checkpoint", "tiny", "convert", "transfer",
+    "download", "pipeline", "__init__", "info",
     "bench_report", "bench_cost", "bench_case", "bench_tools", "bench_baseline", "bench", "cli", "__main__",
 ]
 # fmt: on
