@@ -136,6 +136,17 @@ def test_wrong_requests_exit_with_2_and_write_nothing(capsys, args, says):
     assert sorted(Path().iterdir()) == before
 
 
+def test_compile_reaches_the_model(capsys, monkeypatch):
+    compiled = []
+    monkeypatch.setattr("lance_core.pipeline.check_compiler", lambda device: None)
+    monkeypatch.setattr("lance_core.pipeline.compile_layers", compiled.append)
+    args = ("t2i", "x", "-o", "compiled.png", "--width", "64", "--height", "64", "--steps", "1")
+    assert run(*args, capsys=capsys)[0] == 0
+    assert not compiled
+    assert run(*args, "--compile", capsys=capsys)[0] == 0
+    assert sorted(type(part).__name__ for part in compiled) == ["Generation", "Understanding"]
+
+
 def test_json_carries_errors(capsys):
     code, result = run("t2i", "", capsys=capsys)
     assert code == 2
