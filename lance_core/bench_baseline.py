@@ -10,12 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from itertools import count
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 
 from . import rope
-from .decoder import ExpertLayer
+from .decoder import JOINED, ExpertLayer
 from .model import DualExpert, Plan, latent_positions
 from .sampler import Guidance, euler
 from .sequence import MARKERS, Kind, Segment, Sequence, merge_text
@@ -30,6 +33,31 @@ class Side:
     grid: tuple[int, int, int] | None
 
 
+Part = Callable[[Tensor], Tensor]
+
+
+def parts_of(layer: ExpertLayer) -> dict[str, Part]:
+    """What one expert's layer is made of, each projection on its own: rows of a joined weight are views, made once."""
+    parts: dict[str, Part] = {}
+    for owner in (layer.self_attn, layer.mlp):
+        for name, module in owner.named_children():
+            parts[name] = module
+            if name in JOINED:
+                rows = list(module.rows.values())
+                biases = [None] * len(rows) if module.bias is None else module.bias.split(rows)
+                alone = zip(module.rows, module.weight.split(rows), biases, strict=True)
+                parts |= {part: partial(F.linear, weight=weight, bias=bias) for part, weight, bias in alone}
+    parts["mlp"] = lambda x: parts["down_proj"](F.silu(parts["gate_proj"](x)) * parts["up_proj"](x))
+    return parts | {name: getattr(layer, name) for name in ("input_layernorm", "post_attention_layernorm")}
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Heads x [n, heads, width] turned by cos and sin [n, width], in float32."""
+    low, high = x.chunk(2, dim=-1)
+    turned = torch.cat([-high, low], dim=-1)
+    return (x * cos[:, None] + turned * sin[:, None]).to(x.dtype)
+
+
 def reading_order(markers_first: Tensor) -> Tensor:
     """[..., tokens] with the two markers first -> start marker, visual tokens, end marker."""
     return torch.cat([markers_first[..., :1], markers_first[..., MARKERS:], markers_first[..., 1:MARKERS]], dim=-1)
@@ -40,6 +68,8 @@ class Baseline:
 
     def __init__(self, model: DualExpert) -> None:
         self.model, self.config = model, model.config
+        self.und = [parts_of(layer) for layer in model.und.layers]
+        self.gen = [parts_of(layer) for layer in model.gen.layers] if model.gen else []
 
     # -- passes -------------------------------------------------------------------------------------------------
 
@@ -63,6 +93,11 @@ class Baseline:
         """Append one text token and return the logits after it, float32 [vocabulary]."""
         x = self._embed([token])
         return self.model.logits(self._pass(x, None, torch.full((3, 1), position), side, keep=True, causal=True)[None])
+
+    def following(self, side: Side) -> Callable[[int], Tensor]:
+        """What `TokenLoop` is; where in the sequence the tokens lie makes no difference to the time."""
+        places = count(len(side.cache[0][0]) if side.cache else 0)
+        return lambda token: self.next_token(side, token, next(places))
 
     def velocity(self, side: Side, sequence: Sequence, x: Tensor, t: Tensor) -> Tensor:
         """Velocity of one row's noisy latents x [1, frames, h, w, 48] at t [1, frames]; float32, shaped like x."""
@@ -118,18 +153,18 @@ class Baseline:
 
     def _pass(self, x: Tensor, where: Tensor | None, position: Tensor, side: Side, keep: bool, causal: bool) -> Tensor:
         """All layers over x [n, hidden], tokens `where` through the generation expert; `keep`: they become part of the cache."""
-        cos, sin = (t[None] for t in rope.tables(position, self.config, self.model.device))
+        cos, sin = rope.tables(position, self.config, self.model.device)
         others = None if where is None else self._others(where, len(x))
-        for i, und in enumerate(self.model.und.layers):
-            gen = self.model.gen.layers[i] if where is not None else None
+        for i, und in enumerate(self.und):
+            gen = self.gen[i] if where is not None else None
             x = self._layer(i, und, gen, x, where, others, cos, sin, side, keep, causal)
         return x
 
     def _layer(
         self,
         index: int,
-        und: ExpertLayer,
-        gen: ExpertLayer | None,
+        und: dict[str, Part],
+        gen: dict[str, Part] | None,
         x: Tensor,
         where: Tensor | None,
         others: Tensor | None,
@@ -139,31 +174,31 @@ class Baseline:
         keep: bool,
         causal: bool,
     ) -> Tensor:
-        def each(pick: Callable[[ExpertLayer], nn.Module], x: Tensor) -> Tensor:
-            """Every token through its own expert's module."""
+        def each(part: str, x: Tensor) -> Tensor:
+            """Every token through its own expert's part of that name."""
             if gen is None:
-                return pick(und)(x)
-            first = pick(und)(x[others])
+                return und[part](x)
+            first = und[part](x[others])
             out = x.new_zeros(len(x), *first.shape[1:])
             out[others] = first
-            out[where] = pick(gen)(x[where])
+            out[where] = gen[part](x[where])
             return out
 
         width = self.config.head_dim
-        normed = each(lambda e: e.input_layernorm, x)
-        q = each(lambda e: e.self_attn.q_proj, normed).unflatten(-1, (-1, width))
-        k = each(lambda e: e.self_attn.k_proj, normed).unflatten(-1, (-1, width))
-        v = each(lambda e: e.self_attn.v_proj, normed).unflatten(-1, (-1, width))
-        q = rope.rotate(each(lambda e: e.self_attn.q_norm, q)[None], cos, sin)
-        k = rope.rotate(each(lambda e: e.self_attn.k_norm, k)[None], cos, sin)[0]
+        normed = each("input_layernorm", x)
+        q = each("q_proj", normed).unflatten(-1, (-1, width))
+        k = each("k_proj", normed).unflatten(-1, (-1, width))
+        v = each("v_proj", normed).unflatten(-1, (-1, width))
+        q = _rotated(each("q_norm", q)[None], cos, sin)
+        k = _rotated(each("k_norm", k)[None], cos, sin)[0]
         keys, values = self._merged(side.cache[index], k, v)
         if keep:
             side.cache[index] = (keys, values)
         groups = self.config.num_heads // self.config.num_kv_heads
         expanded = (t.repeat_interleave(groups, dim=1)[None] for t in (keys, values))
         attended = self.model.attention(q, *expanded, causal)[0].flatten(1)
-        x = x + each(lambda e: e.self_attn.o_proj, attended)
-        return x + each(lambda e: e.mlp, each(lambda e: e.post_attention_layernorm, x))
+        x = x + each("o_proj", attended)
+        return x + each("mlp", each("post_attention_layernorm", x))
 
     @staticmethod
     def _merged(cached: tuple[Tensor, Tensor] | None, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -185,3 +220,9 @@ class Baseline:
     def _others(where: Tensor, length: int) -> Tensor:
         """Places the generation expert does not have: a visual block's markers, at both ends."""
         return torch.tensor([0, length - 1], device=where.device)
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    out = torch.empty_like(x)
+    rope.rotate_into(out, x, cos, sin)
+    return out

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +34,11 @@ class Case:
     def label(self) -> str:
         return f"{self.width}x{self.height}" + (f", {self.frames} frames" if self.frames > 1 else "")
 
+    @property
+    def tokens(self) -> int:
+        """Latent tokens of one result."""
+        return self.grid[0] * self.grid[1] * self.grid[2]
+
     def sequence(self, config: LanceConfig) -> Sequence:
         """A generation request, an edit's if so asked."""
         visual = []
@@ -56,8 +60,10 @@ class Case:
         return Segment(Kind.SEEN, role, grid=grid, data=noise(grid[0] * grid[1] * grid[2], config.llm.hidden_size))
 
 
-def case_of(args: argparse.Namespace, config: LanceConfig, size: str, frames: int) -> Case:
-    """The case of one size ("768x768") and number of frames, lowered to what the model makes; the rest from the options.
+def case_of(
+    config: LanceConfig, size: str, frames: int = 1, *, batch: int = 1, guidance: bool = True, edit: bool = False, context: int = 100
+) -> Case:
+    """The case of one size ("768x768") and number of frames, lowered to what the model makes.
 
     Raises:
         RequestError: not a size, or out of range.
@@ -67,14 +73,14 @@ def case_of(args: argparse.Namespace, config: LanceConfig, size: str, frames: in
         raise RequestError(f"size {size!r} is not WIDTHxHEIGHT in pixels, such as 768x768")
     width, height = request.check_size(*map(int, sides))
     frames = request.resolve_frames(frames)
-    request.check_count("batch", args.batch, 1, 64)
-    request.check_count("context", args.context, 1, 1 << 20)
+    request.check_count("batch", batch, 1, 64)
+    request.check_count("context", context, 1, 1 << 20)
     patch, merge = (config.vit.patch_size, config.vit.spatial_merge_size) if config.vit else (14, 2)
     unit = patch * merge
     h, w = (max(1, int(side * SEEN_SIDE[frames > 1]) // unit) * merge for side in (height, width))
     pairs = -(-frames // (config.vit.temporal_patch_size if config.vit else 2))
     grid = (1 + (frames - 1) // 4, height // CELL, width // CELL)
-    return Case(width, height, frames, args.batch, args.guidance, args.edit, args.context, grid, (pairs, h, w))
+    return Case(width, height, frames, batch, guidance, edit, context, grid, (pairs, h, w))
 
 
 def noise(*shape: int) -> Tensor:

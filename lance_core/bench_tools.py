@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
 import platform
 import time
 from collections.abc import Callable, Mapping
@@ -51,8 +52,32 @@ def synchronize(device: torch.device) -> None:
         wait()
 
 
+class Others:
+    """How much of the processor other programs take from now on: on a CPU, that is in every number."""
+
+    def __init__(self) -> None:
+        self.began = self._read()
+
+    def cores(self) -> float | None:
+        """Cores' worth, on average; None where the system does not say."""
+        if self.began is None:
+            return None
+        busy, own, wall = (now - then for now, then in zip(self._read(), self.began, strict=True))
+        return max(busy - own, 0.0) / wall
+
+    @staticmethod
+    def _read() -> tuple[float, float, float] | None:
+        """Seconds of all cores' work, of this process's and of the clock (man 5 proc: the first line of /proc/stat)."""
+        fields = _read("/proc/stat").partition("\n")[0].split()
+        if fields[:1] != ["cpu"]:
+            return None
+        user, nice, system, _, _, irq, softirq, steal = map(int, fields[1:9])
+        busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+        return busy, time.process_time(), time.perf_counter()
+
+
 def machine(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """What was measured on."""
+    """What is measured on."""
     from . import __version__
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
@@ -134,18 +159,19 @@ class Meter:
     """Medians of several versions of one thing, timed in turns so that a busy machine is unfair to none.
 
     chunk: how many steps or tokens to run per call, so that waiting for an accelerator does not count. calls: in all.
+    budget: seconds after which, from the second turn on, no further turn is begun; None: `repeat` turns however long.
     """
 
-    def __init__(self, device: torch.device, repeat: int) -> None:
-        self.device, self.repeat = device, repeat
+    def __init__(self, device: torch.device, repeat: int, budget: float | None = None) -> None:
+        self.device, self.repeat, self.budget = device, repeat, budget
         self.warmup, self.chunk = (1, 1) if device.type == "cpu" else (2, 4)
         self.calls = self.warmup + repeat
 
     def __call__(self, setups: Mapping[str, Callable[[], Callable[[], object]]], per: int = 1) -> dict[str, dict[str, Any]]:
         """`setups`: name -> a function that makes what is timed ready and returns it; one call of that counts as `per`.
 
-        Returns: for each name median, least and most `seconds`, and `working_bytes`: the peak above what was there
-        before its setup. The first, which nothing else has been set up beside, also says `peak_bytes`, weights included.
+        Returns: for each name median, least and most `seconds` of its `runs`, and `working_bytes`: the peak above what was
+        there before its setup. The first, which nothing else has been set up beside, also says `peak_bytes`, weights included.
         """
         calls, found = {}, {}
         for name, setup in setups.items():
@@ -155,18 +181,24 @@ class Meter:
             calls[name] = setup()
             synchronize(self.device)
             memory.reset()
+            began = time.perf_counter()
             for _ in range(self.warmup):
                 calls[name]()
-            synchronize(self.device)
+                synchronize(self.device)
+                if self.budget is not None and time.perf_counter() - began > self.budget / 4:
+                    break
             most = memory.read()
             found[name] = {"working_bytes": None if most is None or before is None else max(most - before, 0)}
             if len(found) == 1:
                 found[name]["peak_bytes"] = most
         times: dict[str, list[float]] = {name: [] for name in calls}
-        for _ in range(self.repeat):
+        began = time.perf_counter()
+        for turn in range(self.repeat):
+            if self.budget is not None and turn > 1 and time.perf_counter() - began > self.budget:
+                break
             for name, call in calls.items():
                 times[name].append(timed(call, self.device) / per)
-        return {n: {"seconds": median(t), "fastest": min(t), "slowest": max(t)} | found[n] for n, t in times.items()}
+        return {n: {"seconds": median(t), "fastest": min(t), "slowest": max(t), "runs": len(t)} | found[n] for n, t in times.items()}
 
 
 def timed(call: Callable[[], object], device: torch.device) -> float:
@@ -178,7 +210,7 @@ def timed(call: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - began
 
 
-def rates(device: torch.device, dtype: torch.dtype, repeat: int = 7) -> dict[str, dict[str, float]]:
+def rates(device: torch.device, dtype: torch.dtype, repeat: int = 20) -> dict[str, dict[str, float]]:
     """What the device does at best: a large square matrix product in `dtype`, and a large copy (bytes read plus written).
 
     The fastest of `repeat` counts here: these are ceilings, and whatever else the machine does only lowers them.

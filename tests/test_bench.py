@@ -13,13 +13,16 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from lance_core import bench, bench_tools
+from lance_core import bench, bench_measure, bench_tools
 from lance_core import bench_cost as cost
-from lance_core.bench_baseline import Baseline
+from lance_core.bench_baseline import Baseline, parts_of
 from lance_core.bench_case import case_of, noise
+from lance_core.bench_measure import Bench, Engine
 from lance_core.bench_tools import Meter, cut_layers, materialise
+from lance_core.bench_vae import BaselineVAE
 from lance_core.checkpoint import Checkpoint
 from lance_core.config import RELEASED_LLM, LanceConfig, LLMConfig, VAEConfig, ViTConfig
+from lance_core.decoder import join
 from lance_core.errors import CheckpointError, RequestError
 from lance_core.model import Branch, DualExpert, Generation, Plan, Prepared, Understanding
 from lance_core.sampler import Guidance, schedule
@@ -61,8 +64,9 @@ def plain_attention(q, k, v, causal=False):
     return (scores.softmax(-1) @ v).transpose(1, 2)
 
 
-def model_of(config: LLMConfig = LLM) -> DualExpert:
-    und, gen = (materialise(part(config, device="meta"), CPU, torch.float32) for part in (Understanding, Generation))
+def model_of(config: LLMConfig = LLM, joined: bool = True) -> DualExpert:
+    und, gen = (part(config, device="meta") for part in (Understanding, Generation))
+    und, gen = (materialise(join(part) if joined else part, CPU, torch.float32) for part in (und, gen))
     torch.manual_seed(5)
     for module in (und, gen):
         for weight in module.parameters():  # norms too: every weight must matter
@@ -76,8 +80,8 @@ def counted(call) -> int:
     return counter.get_total_flops()
 
 
-def request_of(*words: str, frames: int = 1):
-    case = case_of(options("--size", "80x48", "--context", "9", *words), CONFIG, "80x48", frames)
+def request_of(frames: int = 1, **options):
+    case = case_of(CONFIG, "80x48", frames, context=9, **options)
     sequence = case.sequence(CONFIG)
     return case, sequence, Plan.of(sequence, 2, case.guidance)
 
@@ -95,10 +99,10 @@ def test_released_costs_are_the_known_ones():
     assert token.bytes == pytest.approx(6.2e9, rel=0.01)
 
 
-@pytest.mark.parametrize("words", [(), ("--edit",), ("--no-guidance", "--batch", "2")])
+@pytest.mark.parametrize("kind", [{}, {"edit": True}, {"guidance": False, "batch": 2}])
 @torch.inference_mode()
-def test_decoder_costs_equal_torchs_count(words):
-    case, sequence, plan = request_of(*words, frames=5)
+def test_decoder_costs_equal_torchs_count(kind):
+    case, sequence, plan = request_of(frames=5, **kind)
     model, prepared = model_of(), Prepared(sequence, plan)
     assert counted(lambda: model.fill(prepared)) == cost.prefill(LLM, plan, 4).flops
     rows = [Branch(prepared, i) for i in range(len(plan.rests)) for _ in range(case.batch)]
@@ -138,9 +142,9 @@ def test_vae_cost_equals_torchs_count(frames):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("words", [(), ("--edit",)])
-def test_baseline_gives_the_same_velocity_and_result(words):
-    case, sequence, plan = request_of(*words, "--batch", "2", frames=5)
+@pytest.mark.parametrize("edit", [False, True])
+def test_baseline_gives_the_same_velocity_and_result(edit):
+    case, sequence, plan = request_of(frames=5, edit=edit, batch=2)
     model = model_of()
     prepared, baseline = model.fill(Prepared(sequence, plan)), Baseline(model)
     sides = baseline.prefill(sequence, plan)
@@ -152,7 +156,7 @@ def test_baseline_gives_the_same_velocity_and_result(words):
     x = noise(2, *case.grid, 48)
     for guidance in (Guidance(), Guidance(1.0)):
         slow = baseline.denoise(sides, sequence, x, schedule(3), guidance)
-        torch.testing.assert_close(slow, bench._Engine(model).denoise(prepared, x, schedule(3), guidance), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(slow, Engine(model).denoise(prepared, x, schedule(3), guidance), rtol=1e-4, atol=1e-4)
 
 
 @torch.inference_mode()
@@ -166,6 +170,37 @@ def test_baseline_writes_the_same_logits():
         ours = model.next_token(context, token, position)
         torch.testing.assert_close(baseline.next_token(side, token, position), ours, rtol=1e-4, atol=1e-5)
         position += 1
+
+
+@torch.inference_mode()
+def test_the_baseline_multiplies_by_each_projection_alone():
+    """Joined or not; of a joined one by views of its rows."""
+    layer, x = model_of(joined=False).und.layers[0], noise(5, LLM.hidden_size)
+    names = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "mlp")
+    parts = parts_of(layer)
+    alone = {name: parts[name](x) for name in names}
+    torch.testing.assert_close(alone["mlp"], layer.mlp(x[None])[0])
+    parts = parts_of(join(layer))
+    assert not hasattr(layer.self_attn, "k_proj") and not hasattr(layer.mlp, "up_proj")
+    for name, expected in alone.items():
+        torch.testing.assert_close(parts[name](x), expected)
+    weight = parts["k_proj"].keywords["weight"]
+    assert weight.untyped_storage().data_ptr() == layer.self_attn.qkv_proj.weight.untyped_storage().data_ptr()
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("frames", [1, 2, 3])
+def test_the_baseline_vae_gives_the_same_pictures(frames):
+    vae = materialise(WanVAE(VAE, device="meta"), CPU, torch.float32)
+    torch.manual_seed(5)
+    for weight in vae.parameters():
+        weight.add_(0.1 * torch.randn_like(weight))
+    slow, scale = BaselineVAE(vae), VAE.spatial_ratio
+    latent, pixels = noise(1, 48, frames, 4, 6), noise(1, 3, 1 + VAE.temporal_ratio * (frames - 1), 4 * scale, 6 * scale).clamp(-1, 1)
+    decoded, encoded = vae.decode(latent), vae.encode(pixels)
+    assert decoded.std() > 0.05 and encoded.std() > 0.05
+    torch.testing.assert_close(slow.decode(latent), decoded, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(slow.encode(pixels), encoded, rtol=1e-4, atol=1e-4)
 
 
 # -- tools ------------------------------------------------------------------------------------------------------------
@@ -209,6 +244,14 @@ print("unknown" if before is None else peak.read() - before)
     assert 200 << 20 < int(grown) < 400 << 20
 
 
+def test_other_programs_are_noticed():
+    if bench_tools.Others().cores() is None:
+        pytest.skip("/proc does not say here")
+    others = bench_tools.Others()
+    subprocess.run([sys.executable, "-c", "sum(range(10**8))"], check=True)
+    assert others.cores() > 0.2  # a core's worth, less what starting it took
+
+
 def test_meter_takes_turns_and_divides():
     ran = []
     found = Meter(CPU, 3)({"a": lambda: lambda: ran.append("a"), "b": lambda: lambda: ran.append("b")}, per=2)
@@ -217,13 +260,20 @@ def test_meter_takes_turns_and_divides():
     assert "peak_bytes" in found["a"] and "peak_bytes" not in found["b"]
 
 
+@pytest.mark.parametrize(("repeat", "budget", "runs"), [(5, 0.0, 2), (1, 0.0, 1), (4, 60.0, 4), (4, None, 4)])
+def test_meter_keeps_to_its_budget_but_takes_two_turns(repeat, budget, runs):
+    ran = []
+    found = Meter(CPU, repeat, budget)({"a": lambda: lambda: ran.append("a")})["a"]
+    assert found["runs"] == runs == len(ran) - 1  # and a warm-up
+
+
 # -- whole runs -------------------------------------------------------------------------------------------------------
 
 
 def check_measure(entry: dict, decoder: bool, baseline: bool, cut: bool) -> None:
-    wanted = {"seconds", "fastest", "slowest", "working_bytes", "peak_bytes", "flops", "bytes", "limit_seconds"}
+    wanted = {"seconds", "fastest", "slowest", "runs", "working_bytes", "peak_bytes", "flops", "bytes", "limit_seconds"}
     wanted |= {"share_of_limit", "share_of_matmul", "share_of_copy"}
-    wanted |= {"baseline"} if decoder and baseline else set()
+    wanted |= {"baseline"} if baseline else set()
     wanted |= {"extrapolated"} if decoder and cut else set()
     assert set(entry) == wanted
     assert entry["seconds"] > 0 and entry["flops"] > 0 and entry["bytes"] > 0
@@ -243,7 +293,7 @@ def test_a_whole_run(dtype, tmp_path):
     for case in result["cases"]:
         assert set(case["measures"]) == {"prefill_edit", "step", "step_unguided", "token", "vit", "encode", "decode"}
         for name, entry in case["measures"].items():
-            check_measure(entry, name not in ("vit", "encode", "decode"), baseline=True, cut=False)
+            check_measure(entry, name not in ("vit", "encode", "decode"), baseline=name != "vit", cut=False)
         assert case["denoising"]["guided_steps"] == 26 and case["denoising"]["extrapolated"] is False
     assert any("step" in what for what, _, _ in seen) and all(done <= total for _, done, total in seen)
     text = bench.report(result)
@@ -264,28 +314,28 @@ def test_a_cut_model_is_extrapolated_and_says_so():
     assert "1 of 3 layers (as asked)" in bench.report(result) and "extrapolated to all layers" in bench.report(result)
 
 
+def test_both_experts_are_compiled_if_asked(monkeypatch):
+    seen = []
+    monkeypatch.setattr(bench, "check_compiler", lambda device: seen.append(str(device)))
+    monkeypatch.setattr(bench_measure, "compile_layers", lambda module: (seen.append(type(module)), module)[1])
+    result = bench.run(tiny("--compile", "--skip", "vit", "encode", "decode", "token", "prefill"))
+    assert seen == ["cpu", Understanding, Generation] and result["model"]["compiled"] and ", compiled" in bench.report(result)
+
+
 def test_layers_are_cut_to_what_memory_holds(monkeypatch):
     args = tiny("--dtype", "float32", "--no-guidance", "--skip", "prefill", "token", "vit", "encode", "decode")
     config = Checkpoint(CHECKPOINT).config
-    work = bench._Bench(config, CPU, torch.float32, ["step"], 1, False, None)
-    case = case_of(args, config, "64x48", 1)
+    work = Bench(config, CPU, torch.float32, 1, False)
+    case = case_of(config, "64x48", guidance=False, context=7)
     for layers in (1, 2, 3):
-        free = next(f for f in range(0, 10**9, 10**5) if _fits(monkeypatch, work, case, f) >= layers)
-        monkeypatch.setattr(bench, "free_memory", lambda device, free=free: free)
+        free = work.memory(case, layers)
+        monkeypatch.setattr(bench_measure, "free_memory", lambda device, free=free: free)
         model = bench.run(args)["model"]
         assert model["layers_measured"] == layers and (model["cut"] is None) == (layers == 3)
         assert layers == 3 or f"hold {layers} layers of 3" in model["cut"]
-    monkeypatch.setattr(bench, "free_memory", lambda device: 0)
+    monkeypatch.setattr(bench_measure, "free_memory", lambda device: work.memory(case, 1) - 1)
     with pytest.raises(RequestError, match="too few for one layer"):
         bench.run(args)
-
-
-def _fits(monkeypatch, work, case, free: int) -> int:
-    monkeypatch.setattr(bench, "free_memory", lambda device: free)
-    try:
-        return work._fitting([case])[0]
-    except RequestError:
-        return 0
 
 
 def test_parts_a_checkpoint_lacks_are_left_out(monkeypatch):
@@ -314,6 +364,8 @@ def test_parts_a_checkpoint_lacks_are_left_out(monkeypatch):
         (["--device", "meta"], "'cpu' always can"),
         (["--skip", "steps"], "no measure 'steps'"),
         (["--output", "/nowhere/at/all.json"], "folder does not exist"),
+        (["--plot", "a.png"], "--plot shows a suite"),
+        (["--markdown", "a.md"], "--markdown shows a suite"),
     ],
 )
 def test_wrong_options_are_refused(words, says):
@@ -326,3 +378,19 @@ def test_wrong_options_are_refused(words, says):
 def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path):
     with pytest.raises(CheckpointError):
         bench.run(options("--model", str(tmp_path), "--device", "cpu"))
+
+
+@torch.inference_mode()
+def test_all_steps_in_one_run_are_the_released_schedule():
+    case, sequence, plan = request_of(frames=5)
+    model, ran = model_of(), []
+
+    def counted(*args):
+        ran.append(1)
+        return plain_attention(*args)
+
+    model.attention = counted
+    model.prefill(sequence, plan)
+    context = len(ran)
+    found = Bench(CONFIG, CPU, torch.float32, 1, False).whole(case, model)
+    assert len(ran) - 2 * context == LLM.num_layers * (26 * 2 + 4) and len(found["steps"]) == 30

@@ -17,13 +17,20 @@ ORDER = [
     "errors", "config", "ops", "sequence", "rope", "cache", "decoder", "vit", "vae_blocks", "vae_memory", "vae", "model", "sampler",
     "preprocess", "prompts", "media", "request", "weights", "token_loop", "answer", "quantize", "checkpoint", "tiny", "convert", "transfer",
     "download", "pipeline", "__init__", "info",
-    "bench_report", "bench_cost", "bench_case", "bench_tools", "bench_baseline", "bench", "cli", "__main__",
+    "bench_report", "bench_plot", "bench_growth", "bench_cost", "bench_case", "bench_tools", "bench_baseline", "bench_vae", "bench_measure",
+    "bench_suite", "bench", "cli", "__main__",
 ]
 # fmt: on
 HOSTS = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "folder_paths", "server", "nodes", "execution"}
 UNWANTED = HOSTS | {"transformers", "decord", "flash_attn", "xformers", "diffusers", "torchvision", "tests"}
 ALLOWED = {"torch", "safetensors", "einops", "tokenizers", "numpy", "PIL", "imageio", "av", "tqdm"}
-OPTIONAL = {("ops", "flash_attn"), ("ops", "huggingface_hub"), ("checkpoint", "huggingface_hub"), ("__main__", "huggingface_hub")}
+OPTIONAL = {
+    ("ops", "flash_attn"),
+    ("ops", "huggingface_hub"),
+    ("checkpoint", "huggingface_hub"),
+    ("__main__", "huggingface_hub"),
+    ("bench_plot", "matplotlib"),
+}
 
 
 def tree(path: Path) -> ast.Module:
