@@ -105,11 +105,22 @@ def parser() -> argparse.ArgumentParser:
     shrink = commands.add_parser("convert", help="write a checkpoint as one file, smaller if wanted")
     shrink.add_argument("source", metavar="SRC", help="checkpoint folder or file")
     shrink.add_argument("target", metavar="DST", help="the .safetensors file to write")
-    shrink.add_argument("--dtype", choices=convert.DTYPES, default="bf16", help="default: %(default)s")
     shrink.add_argument(
-        "--understanding", choices=convert.DTYPES, help="another one for the understanding expert; int4 for a file that only answers"
+        "--dtype",
+        choices=convert.DTYPES,
+        default="bf16",
+        help="what both experts are kept in; below 16 bits only their middle layers' matrices are, the rest is bf16; default: %(default)s",
     )
-    shrink.add_argument("--generation", choices=convert.DTYPES, help="another one for the generation expert; below fp8 it loses detail")
+    shrink.add_argument(
+        "--understanding",
+        choices=convert.DTYPES,
+        help="another one for the understanding expert; int4 and nvfp4 are for files that only answer questions",
+    )
+    shrink.add_argument(
+        "--generation",
+        choices=convert.DTYPES,
+        help="another one for the generation expert; below 16 bits pictures are reported to lose detail",
+    )
     shrink.add_argument("--no-vae", action="store_true", help="leave the VAE out; it is then looked for beside the file")
     shrink.add_argument("--vit", metavar="FILE", help="vision tower, if it is not inside or beside the checkpoint")
     shrink.add_argument("--vae", metavar="FILE", help="VAE, if it is not beside the checkpoint")

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from .checkpoint import Checkpoint, Progress
 from .config import to_json
-from .errors import RequestError
+from .errors import CheckpointError, RequestError
 from .quantize import FORMATS, Format, marker, quantisable, stored_names
 from .tiny import released_name
 from .weights import Planned, WeightFile, write_safetensors
@@ -42,8 +44,8 @@ def convert(
     """Write `source` as one file. Returns sizes in bytes, by part.
 
     Args:
-        dtype: fp32, bf16, fp16, fp8, int8 or int4, for both experts; what must stay precise (embeddings, norms, heads,
-            latents in and out, time MLP, ViT, VAE) is bf16 in the last three.
+        dtype: fp32, bf16, fp16, fp8, int8, int4 or nvfp4, for both experts; what must stay precise (embeddings, norms, heads,
+            latents in and out, time MLP, first and last layer, ViT, VAE) is bf16 in the last four.
         understanding, generation: another one for that expert.
         include_vae: whether the VAE goes in, too; without, it is looked for beside the file.
 
@@ -52,10 +54,11 @@ def convert(
         CheckpointError: the source is damaged, or the disk too small.
     """
     source, target = Path(source), Path(target)
-    choice = {"und": understanding or dtype, "gen": generation or dtype, "vit": dtype, "vae": dtype}
-    for wanted in choice.values():
-        if wanted not in DTYPES:
+    for wanted in (dtype, understanding, generation):
+        if wanted is not None and wanted not in DTYPES:
             raise RequestError(f"dtype {wanted!r} is unknown; expected one of {', '.join(DTYPES)}")
+    rest = dtype if dtype in PLAIN else "bf16"
+    choice = {"und": understanding or dtype, "gen": generation or dtype, "vit": rest, "vae": rest}
     if target.suffix.lower() != ".safetensors":
         raise RequestError(f"{target}: the result is a safetensors file; give it that ending")
     if not target.parent.is_dir():
@@ -67,13 +70,13 @@ def convert(
     planned: list[Planned] = []
     sizes: dict[str, int] = {}
     for name in ("und", "gen", "vit", "vae"):
-        if name == "vae" and not include_vae:
+        if (name == "vae" and not include_vae) or not checkpoint.parts[name].tensors:
             continue
         entries = _plan_part(checkpoint, name, choice[name])
         sizes[name] = sum(e.nbytes for e in entries)
         planned += entries
     if "fp8" in choice.values():
-        planned.append(_constant("scaled_fp8", torch.empty(0, dtype=torch.float8_e4m3fn)))
+        planned.append(_constant("scaled_fp8", torch.zeros(2).to(torch.float8_e4m3fn)))  # two elements say: weight-only
     told = {
         "llm_config": checkpoint.config.raw,
         "tokenizer": checkpoint.tokenizer.definition,
@@ -101,7 +104,7 @@ def _plan_part(checkpoint: Checkpoint, part: str, wanted: str) -> list[Planned]:
         raise RequestError(
             f"{checkpoint.path} is quantised already ({', '.join({f.name for f in held.formats.values()})}); convert the original."
         )
-    format = FORMATS.get(wanted) if part in ("und", "gen") else None
+    format = FORMATS.get(wanted)
     plain = PLAIN.get(wanted, torch.bfloat16)
     planned = []
     for name, (file, key) in held.tensors.items():
@@ -139,8 +142,15 @@ class _Encoded:
     def __init__(self, format: Format, file: WeightFile, key: str) -> None:
         self.format, self.file, self.key = format, file, key
 
-    def take(self, leaf: str):
-        return lambda: self.format.encode(self.file.read(self.key))[leaf]
+    def take(self, leaf: str) -> Callable[[], Tensor]:
+        return partial(self._make, leaf)
+
+    def _make(self, leaf: str) -> Tensor:
+        weight = self.file.read(self.key, torch.float32)
+        if not bool(torch.isfinite(weight.abs().amax())):
+            raise CheckpointError(f"{self.file.path}: {self.key} has NaN or infinity in it, which no scale fits; download it again.")
+        beside = self.format.scales(weight)
+        return beside[leaf] if leaf in beside else self.format.levels(weight, beside)
 
 
 def _constant(name: str, tensor: Tensor) -> Planned:
@@ -156,4 +166,5 @@ def report(result: dict[str, Any]) -> str:
     """The result for people."""
     lines = [f"{result['file']}: {result['bytes'] / 1e9:.2f} GB, from {result['source_bytes'] / 1e9:.2f} GB"]
     lines += [f"  {name}  {result['dtypes'][name]:5} {size / 1e9:.2f} GB" for name, size in result["parts"].items()]
+    lines += [f"  {name}  not in it; looked for beside the file when needed" for name in ("vit", "vae") if name not in result["parts"]]
     return "\n".join(lines)

@@ -2,16 +2,14 @@
 
     python scripts/measure_memory.py [--json FILE] [--device cuda] [--top 8]
 
-The real passes run on torch's meta device, where tensors have sizes and no contents, so any machine will do; every
-operation is watched and every storage counted once while something refers to it. With `--device cuda` the same passes run
-for real, on weights of zeros (memory does not depend on them), and the allocator's peak is read instead.
+The real passes run on torch's meta device, where tensors have sizes and no contents, so any machine will do (how they are
+counted: accounting.py). With `--device cuda` the same passes run for real, on weights of zeros (memory does not depend on
+them), and the allocator's peak is read instead.
 
 Parts in memory at each stage are those ComfyUI would keep: the ViT to look, the VAE to encode and decode, the
 understanding expert to answer, both experts to draw. Three placements of weights are counted: whole; `lean`, where the
 understanding expert (two tokens of every step) is streamed and the generation expert stays; and `streamed`, where a
-layer's weight is on the card only while it is used (ComfyUI's lowvram with nothing kept). Fused kernels are counted by
-their results, plus what they are known to need: a convolution's reordered input, attention's row sums; masked
-attention is counted spelled out, as torch runs it on most cards.
+layer's weight is on the card only while it is used (ComfyUI's lowvram with nothing kept).
 """
 
 from __future__ import annotations
@@ -19,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import weakref
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,14 +26,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+
+from accounting import Accountant, Allocator  # noqa: E402
 
 from lance_core import preprocess  # noqa: E402
 from lance_core.bench_case import Case  # noqa: E402
 from lance_core.config import CELL, LATENT_CHANNELS, RELEASED_LLM, RELEASED_VAE, RELEASED_VIT, LanceConfig  # noqa: E402
+from lance_core.decoder import join  # noqa: E402
 from lance_core.model import Branch, DualExpert, Generation, Plan, Prepared, Understanding  # noqa: E402
 from lance_core.quantize import FORMATS, QuantLinear, quantisable, swap  # noqa: E402
 from lance_core.vae import TILE, WanVAE  # noqa: E402
@@ -49,7 +48,6 @@ PLACES = ("whole", "lean", "streamed")
 CARDS = (4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 80)  # GiB
 RESERVE = 10**9  # CUDA's context, kernels and workspaces, the allocator's rounding, the screen
 CAPTION = 100  # tokens
-FLASH_WIDTH = 256  # widest head that fused attention takes
 
 
 @dataclass(frozen=True)
@@ -82,129 +80,6 @@ GOALS = (  # request, weights, GB
     ("t2v 848x480, 121 frames", "bf16", 20.0),
     ("t2v 848x480, 121 frames", "fp8", 12.0),
 )
-
-
-# -- accounting -------------------------------------------------------------------------------------------------------
-
-
-class Accountant(TorchDispatchMode):
-    """Live bytes on one device, storage by storage, and what lived at their peak."""
-
-    def __init__(self, device: str = "meta") -> None:
-        super().__init__()
-        self.device = torch.device(device)
-        self.live: dict[int, tuple[int, str]] = {}
-        self.refs: dict[int, weakref.ref] = {}
-        self.total = self.peak = self._taken = 0
-        self.at_peak: list[tuple[int, str]] = []
-
-    def hold(self, label: str, tensors: Iterable[Tensor]) -> None:
-        """Count tensors that are there already, such as weights."""
-        for tensor in tensors:
-            self._see(tensor, label)
-
-    def reset(self) -> None:
-        """Forget the peak, not what is alive."""
-        self.peak, self._taken, self.at_peak = 0, 0, []
-        self._grow(0, "")
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        name = func.overloadpacket.__name__
-        if name == "scaled_dot_product_attention":
-            return self._attention(func, args, kwargs)
-        result = func(*args, **kwargs)
-        for tensor in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(tensor, Tensor):
-                self._see(tensor, name)
-        if name.startswith("conv") and args[0].device.type == self.device.type == "meta":
-            self._grow(args[0].nbytes, f"workspace of {name}{_where()}")
-        return result
-
-    def _attention(self, func: Any, args: tuple, kwargs: dict) -> Tensor:
-        """Fused: the result and a number per row. Masked, or with heads too wide: every step of the textbook form."""
-        q, k, v = args[:3]
-        mask = kwargs.get("attn_mask", args[3] if len(args) > 3 else None)
-        if self.device.type == "meta" and (mask is not None or q.shape[-1] > FLASH_WIDTH):
-            result = self._spelled_out(q, k, v, mask)
-        else:
-            result = torch.empty_like(q) if q.device.type == "meta" else func(*args, **kwargs)
-        self._see(result, "attention")
-        if self.device.type == "meta":
-            self._grow(q[..., 0].numel() * 4, "row sums of attention")
-        return result
-
-    def _spelled_out(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """torch's unfused attention: float32 copies, keys and values repeated for every query head, scores twice."""
-        with self:
-            q, k, v = q.float(), k.float(), v.float()
-            if k.shape[1] != q.shape[1]:
-                k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-            scores = q @ k.transpose(-1, -2)
-            if mask is not None:
-                scores = scores.add_(torch.empty(mask.shape, device=mask.device, dtype=scores.dtype))
-            return (scores.softmax(-1) @ v).to(COMPUTE)
-
-    def _see(self, tensor: Tensor, label: str) -> None:
-        if tensor.device.type != self.device.type:
-            return
-        storage = tensor.untyped_storage()
-        key = id(storage)
-        if key in self.live or not storage.nbytes():
-            return
-        if not label.startswith("weights"):
-            label = f"{label} {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}{_where()}"
-        self.refs[key] = weakref.ref(storage, lambda _, key=key: self._drop(key))
-        self.live[key] = (storage.nbytes(), label)
-        self.total += storage.nbytes()
-        self._grow(0, "")
-
-    def _drop(self, key: int) -> None:
-        self.total -= self.live.pop(key)[0]
-        del self.refs[key]
-
-    def _grow(self, extra: int, label: str) -> None:
-        """Note the peak, `extra` bytes of workspace counted; remember what is alive when it has grown noticeably."""
-        self.peak = max(self.peak, self.total + extra)
-        if self.peak > self._taken * 1.002:
-            self._taken = self.peak
-            self.at_peak = [*self.live.values(), (extra, label)]
-
-
-def _where() -> str:
-    """The line of lance_core that is being run."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        path = Path(frame.f_code.co_filename)
-        if path.parent.name == "lance_core" and path.name != "ops.py":
-            return f" ({path.name}:{frame.f_lineno} {frame.f_code.co_name})"
-        frame = frame.f_back
-    return ""
-
-
-class Allocator:
-    """`Accountant`'s face over CUDA's own count."""
-
-    at_peak: list[tuple[int, str]] = []
-
-    def hold(self, label: str, tensors: Iterable[Tensor]) -> None:
-        """Nothing to do: the allocator knows."""
-
-    def reset(self) -> None:
-        """Forget the peak."""
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-
-    @property
-    def peak(self) -> int:
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated()
-
-    def __enter__(self) -> Allocator:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        torch.cuda.empty_cache()
 
 
 # -- weights ----------------------------------------------------------------------------------------------------------
@@ -275,7 +150,7 @@ class Bench:
         away = {"whole": (), "lean": ("und",), "streamed": parts}[self.place] if "gen" in parts or self.place != "lean" else ()
         modules = {}
         for part in parts:
-            modules[part] = build(part, self.config, self.weights, "cpu" if part in away and self.device == "cuda" else self.device)
+            modules[part] = join(build(part, self.config, self.weights, "cpu" if part in away and self.device == "cuda" else self.device))
             if part in away:
                 stream(modules[part], self.device)
             else:

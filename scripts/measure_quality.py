@@ -3,6 +3,9 @@
     python scripts/measure_quality.py [--layers 4] [--json FILE]
     python scripts/measure_quality.py --model models/lance/Lance_3B --cells 32 --steps 12
 
+Pixels are the guided latent's, decoded in float32, so they show the experts' weights as well; the VAE itself, which is never
+quantised, is measured apart.
+
 Without `--model`: random weights at the released widths (cut to few layers), and the small golden checkpoint if it is
 there. With it: that checkpoint, all layers. Drift is ||a - b|| / ||b||. All products run in float32 except the row "bf16
 weights and compute", so a row shows what the weights lost and nothing else; random weights show how errors grow,
@@ -14,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -49,7 +51,7 @@ UNMEASURED = (
 
 @dataclass(frozen=True)
 class Variant:
-    """A choice of formats: fp32, bf16, fp8, int8 or int4 for each expert. spared: two layers that stay bf16, "edges" or "middle"."""
+    """A choice of formats: fp32, bf16 or one of FORMATS for each expert. spared: two layers that stay bf16, "edges" or "middle"."""
 
     label: str
     und: str
@@ -67,7 +69,7 @@ VARIANTS = (
     *(Variant(f"understanding {name}, generation bf16", name, "bf16") for name in FORMATS),
     *(Variant(f"understanding bf16, generation {name}", "bf16", name) for name in FORMATS),
 )
-MEASURES = ("velocity, caption", "velocity, no caption", "guided latent", "answer logits")
+MEASURES = ("velocity, caption", "velocity, no caption", "guided latent", "pixels", "answer logits")
 REFERENCES = ("float32", "bf16")
 
 
@@ -126,8 +128,8 @@ class Subject:
 # -- measuring --------------------------------------------------------------------------------------------------------
 
 
-def outputs(model: DualExpert, config: LanceConfig, cells: int, steps: int) -> dict[str, Tensor]:
-    """What the experts say of one fixed request, MEASURES by name."""
+def outputs(model: DualExpert, config: LanceConfig, vae: nn.Module | None, cells: int, steps: int) -> dict[str, Tensor]:
+    """What the experts say of one fixed request, MEASURES by name; without a VAE no pixels."""
     case = Case(cells * 16, cells * 16, 1, 1, True, False, 24, (1, cells, cells), (1, 8, 8))
     sequence = case.sequence(config)
     prepared = model.prefill(sequence, Plan.of(sequence, config.tokens_per_second, guided=True))
@@ -141,8 +143,10 @@ def outputs(model: DualExpert, config: LanceConfig, cells: int, steps: int) -> d
 
     cond, uncond = velocity(x, torch.tensor(0.7), True)
     latent = euler(velocity, x, schedule(steps), Guidance())
+    pixels = None if vae is None else vae.decode(denormalize_latent(latent.float().movedim(-1, 1)))
     _, logits, _ = model.read(case.question(config), config.tokens_per_second, 1)
-    return dict(zip(MEASURES, (cond, uncond, latent, logits), strict=True))
+    found = dict(zip(MEASURES, (cond, uncond, latent, pixels, logits), strict=True))
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
 def drift(a: Tensor, b: Tensor) -> float:
@@ -150,16 +154,21 @@ def drift(a: Tensor, b: Tensor) -> float:
     return float((a.float() - b.float()).norm() / b.float().norm())
 
 
-def measure(subject: Subject, cells: int, steps: int, variants: tuple[Variant, ...] = VARIANTS) -> list[dict[str, Any]]:
-    """Every variant's drift from float32 and from bf16 weights, and whether the likeliest next token is the same."""
+def measure(
+    subject: Subject, vae: nn.Module | None, cells: int, steps: int, variants: tuple[Variant, ...] = VARIANTS
+) -> list[dict[str, Any]]:
+    """Every variant's drift from float32 and from bf16 weights, and whether the likeliest next token is the same.
+
+    vae: in float32.
+    """
     with torch.inference_mode():
-        exact = outputs(subject.experts(Variant("float32", "fp32", "fp32")), subject.config, cells, steps)
+        exact = outputs(subject.experts(Variant("float32", "fp32", "fp32")), subject.config, vae, cells, steps)
         half: dict[str, Tensor] = {}
         results = []
         for variant in variants:
-            found = outputs(subject.experts(variant), subject.config, cells, steps)
+            found = outputs(subject.experts(variant), subject.config, vae, cells, steps)
             half = half or found
-            drifts = {"float32": {m: drift(found[m], exact[m]) for m in MEASURES}, "bf16": {m: drift(found[m], half[m]) for m in MEASURES}}
+            drifts = {"float32": {m: drift(found[m], exact[m]) for m in found}, "bf16": {m: drift(found[m], half[m]) for m in found}}
             same = int(found["answer logits"].argmax()) == int(exact["answer logits"].argmax())
             results.append({"variant": variant.label, "drift": drifts, "same_token": same})
             print(f"{variant.label}: done", file=sys.stderr, flush=True)
@@ -179,21 +188,25 @@ def vae_drift(vae: nn.Module, cells: int) -> dict[str, Any]:
 # -- subjects ---------------------------------------------------------------------------------------------------------
 
 
-def released(layers: int) -> tuple[Subject, Callable[[], nn.Module]]:
+def released(layers: int) -> tuple[Subject, nn.Module]:
     """Random weights at the released widths."""
     config = LanceConfig(replace(RELEASED_LLM, num_layers=layers, vocab_size=8192), RELEASED_VIT, RELEASED_VAE, "image")
     subject = Subject(random_expert(Understanding, config, 0), random_expert(Generation, config, 1), config)
-    return subject, lambda: materialise(WanVAE(RELEASED_VAE, device="meta"), torch.device("cpu"), torch.float32)
+    return subject, materialise(WanVAE(RELEASED_VAE, device="meta"), torch.device("cpu"), torch.float32)
 
 
-def stored(path: Path) -> tuple[Subject, Callable[[], nn.Module] | None]:
+def stored(path: Path) -> tuple[Subject, nn.Module | None]:
     """A checkpoint's own weights, in float32."""
     checkpoint = Checkpoint(path)
-    und, gen = (checkpoint.load(part, dtype=torch.float32) for part in ("und", "gen"))
     if checkpoint.parts["und"].formats or checkpoint.parts["gen"].formats:
         raise CheckpointError(f"{path} is quantised already; measure the original")
-    vae = (lambda: checkpoint.load("vae", dtype=torch.float32)) if checkpoint.config.vae else None
-    return Subject(und, gen, checkpoint.config), vae
+    experts = [checkpoint.build(part).requires_grad_(False) for part in ("und", "gen")]
+    for part, module in zip(("und", "gen"), experts, strict=True):
+        for name, weight in checkpoint.tensors(part, torch.float32):  # not loaded, which joins what is quantised apart
+            owner, _, leaf = name.rpartition(".")
+            setattr(module.get_submodule(owner), leaf, nn.Parameter(weight, requires_grad=False))
+    vae = checkpoint.load("vae", dtype=torch.float32) if checkpoint.config.vae else None
+    return Subject(*experts, checkpoint.config), vae
 
 
 # -- report -----------------------------------------------------------------------------------------------------------
@@ -201,10 +214,10 @@ def stored(path: Path) -> tuple[Subject, Callable[[], nn.Module] | None]:
 
 def report(results: list[dict[str, Any]], reference: str) -> str:
     """Markdown, in percent of the reference."""
-    head = [f"drift from {reference}, %", *MEASURES, "next token"]
-    lines = [head, ["---", *["--:"] * len(MEASURES), "---"]]
+    measures = list(results[0]["drift"][reference])
+    lines = [[f"drift from {reference}, %", *measures, "next token"], ["---", *["--:"] * len(measures), "---"]]
     for one in results:
-        numbers = [f"{100 * one['drift'][reference][m]:.2f}" for m in MEASURES]
+        numbers = [f"{100 * one['drift'][reference][m]:.2f}" for m in measures]
         lines.append([one["variant"], *numbers, "same" if one["same_token"] else "another"])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -228,8 +241,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", type=Path, help="a checkpoint to measure, instead of random weights")
     parser.add_argument("--layers", type=int, default=4, help="of the random weights")
-    parser.add_argument("--cells", type=int, default=16, help="latent cells a side: 48 is a 768x768 picture")
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--cells", type=int, default=8, help="latent cells a side: 48 is a 768x768 picture")
+    parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if args.model:
@@ -240,7 +253,7 @@ def main() -> None:
     told: dict[str, Any] = {"torch": torch.__version__, "cells": args.cells, "steps": args.steps, "subjects": {}}
     for label, make in subjects:
         subject, vae = make()
-        results = measure(subject, args.cells, args.steps)
+        results = measure(subject, vae, args.cells, args.steps)
         told["subjects"][label] = {"results": results}
         print(f"{label}; {args.cells}x{args.cells} latent cells, {args.steps} steps:\n")
         print("\n\n".join(report(results, reference) for reference in REFERENCES), end="\n\n")
@@ -248,7 +261,7 @@ def main() -> None:
             print(f"First and last of {subject.layers} layers:\n\n{decide(results)}\n")
         del subject
         if vae is not None:
-            pixels = told["subjects"][label]["vae"] = vae_drift(vae(), args.cells)
+            pixels = told["subjects"][label]["vae"] = vae_drift(vae, args.cells)
             print(
                 f"VAE in bf16 against float32: {100 * pixels['drift']:.2f} %, mean {pixels['mean']:.2f} and at most {pixels['most']:.1f} of 255\n"
             )

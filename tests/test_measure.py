@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 import measure_loading
 import measure_memory
 import measure_quality
+from accounting import Accountant
 
 TINY = LanceConfig(replace(tiny.LLM, hidden_size=64, intermediate_size=128), tiny.VIT, tiny.VAE, "video")
 REQUEST = measure_memory.Request("t2v", "t2v", 64, 64, 5)
@@ -38,7 +39,7 @@ def test_a_chain_of_linears_is_counted_to_the_byte():
     chain = nn.Sequential(*(nn.Linear(a, b, bias=False, device="meta") for a, b in ((100, 300), (300, 200), (200, 10))))
     weights = 4 * (100 * 300 + 300 * 200 + 200 * 10)
     x = torch.empty(7, 100, device="meta")
-    with torch.inference_mode(), measure_memory.Accountant() as meter:
+    with torch.inference_mode(), Accountant() as meter:
         meter.hold("weights", chain.parameters())
         meter.hold("weights", chain.parameters())  # once is enough
         assert meter.total == weights
@@ -64,7 +65,7 @@ def test_peak_agrees_with_torchs_profiler():
     prepared = model.prefill(sequence, Plan.of(sequence, 2, guided=True))
     rows = [Branch(prepared, 0), Branch(prepared, 1)]
     x, t = torch.zeros(2, *case.grid, 48), torch.zeros(2, 1)
-    with torch.inference_mode(), measure_memory.Accountant("cpu") as meter:
+    with torch.inference_mode(), Accountant("cpu") as meter:
         model.velocity(rows, x, t)
     with torch.inference_mode(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         model.velocity(rows, x, t)
@@ -148,16 +149,18 @@ def drifts():
     llm = replace(TINY.llm, num_layers=4)
     config = replace(TINY, llm=llm)
     parts = [measure_quality.random_expert(cls, config, i) for i, cls in enumerate((Understanding, Generation))]
-    return measure_quality.measure(measure_quality.Subject(*parts, config), cells=4, steps=2)
+    vae = materialise(WanVAE(tiny.VAE, device="meta"), torch.device("cpu"), torch.float32)
+    return measure_quality.measure(measure_quality.Subject(*parts, config), vae, cells=4, steps=2)
 
 
 def test_drift_grows_as_bits_shrink(drifts):
     by = {one["variant"]: one["drift"]["float32"] for one in drifts}
     for what in measure_quality.MEASURES:
-        assert 0 < by["bf16 weights"][what] < by["int8"][what] < by["int4"][what]
-        assert by["bf16 weights"][what] < by["fp8"][what] < by["int4"][what]
+        assert 0 < by["bf16 weights"][what] < by["int8"][what] < min(by["int4"][what], by["nvfp4"][what])
+        assert by["bf16 weights"][what] < by["fp8"][what] < min(by["int4"][what], by["nvfp4"][what])
     assert by["understanding bf16, generation int4"]["answer logits"] == by["bf16 weights"]["answer logits"]
-    assert by["understanding int4, generation bf16"]["guided latent"] < by["int4"]["guided latent"]
+    for what in ("guided latent", "pixels"):
+        assert by["understanding int4, generation bf16"][what] < by["int4"][what]
 
 
 def test_quality_tables(drifts):
@@ -165,6 +168,16 @@ def test_quality_tables(drifts):
     assert len({line.count("|") for line in text.splitlines()}) == 1 and len(text.splitlines()) == 2 + len(drifts)
     assert measure_quality.decide(drifts).count("\n") == len(FORMATS) - 1
     json.dumps(drifts)
+
+
+def test_a_checkpoint_is_measured_as_it_would_be_converted(golden):
+    subject, vae = measure_quality.stored(golden / "checkpoint" / "Lance_3B")
+    assert {n for n in subject.original["gen"] if quantisable(n)} == {
+        n for n in Checkpoint(golden / "checkpoint" / "Lance_3B").parts["gen"].tensors if quantisable(n)
+    }, "each matrix on its own, as convert takes them"
+    found = measure_quality.measure(subject, None, cells=4, steps=1, variants=measure_quality.VARIANTS[:1])
+    assert set(found[0]["drift"]["float32"]) == {*measure_quality.MEASURES} - {"pixels"}
+    assert "pixels" not in measure_quality.report(found, "float32") and isinstance(vae, WanVAE)
 
 
 def test_bf16_decoding_is_close():
