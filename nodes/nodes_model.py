@@ -39,8 +39,9 @@ class LanceLoader(io.ComfyNode):
                     "weight_dtype",
                     options=list(loader.DTYPES),
                     default="default",
-                    tooltip="How the weights are kept. default: what suits this machine, usually bf16. fp8_e4m3fn halves the memory and costs "
-                    "some detail. Layers of a converted file that are fp8, int8 or int4 stay so; int4 is for questions only.",
+                    tooltip="How the weights are kept. default: what suits this machine, usually bf16. fp8_e4m3fn halves the memory and is "
+                    "reported to cost fine detail. Layers of a converted file that are fp8, int8, int4 or nvfp4 stay so; the last two are for "
+                    "questions only.",
                 ),
             ],
             outputs=[
