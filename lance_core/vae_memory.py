@@ -4,7 +4,7 @@ Counted in elements of the compute dtype, without the weights and without the in
 
     2 frames of every causal convolution's input, its past (none for a single latent frame: nothing comes after)
     + the most that is alive at once, over all layers: the level's input, held for its shortcut; the block's input;
-      the convolution's padded input, twice, because libraries reorder it; its output
+      the convolution's input behind its past, twice, because libraries reorder it; its weights, reordered; its output
     + attention scores, should the library spell them out
     all that and an eighth, for an allocator's rounding
     + the result, and when tiled the features that go from one stage to the other.
@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import torch
 
 from .config import VAEConfig
-from .vae_blocks import CONTEXT, down_steps, up_steps
+from .vae_blocks import CONTEXT, FOLD_FROM, down_steps, up_steps
 
 
 def decode_bytes(config: VAEConfig, latent_shape: Sequence[int], dtype: torch.dtype, tile: int | None = None) -> int:
@@ -36,11 +36,13 @@ def decode_bytes(config: VAEConfig, latent_shape: Sequence[int], dtype: torch.dt
         entering = wide * t * points
         count.blocks(wide, width, config.decoder_blocks + 1, t, points, held=entering)
         if temporal and frames > 1:
-            count.conv(width, 2 * width, t, points, held=entering + 2 * width * t * points)
+            count.conv(width, 2 * width, t, points, held=entering + 2 * width * t * points, area=1)
             t *= 2
-        points, wide = points * space**2, width
         if space > 1:
-            count.peak(entering + 4 * width * t * points)  # enlarged, twice, and convolved; then the shortcut, twice
+            folded = 2 * 16 * width**2 * (points >= FOLD_FROM)  # the kernel, its reordered copy
+            # Folded: one result for every corner and their places; plain: enlarged, reordered and convolved.
+            count.peak(entering + width * t * (1 + 3 * space**2) * points + folded)
+        points, wide = points * space**2, width
     count.conv(wide, 3 * config.patch**2, t, points, held=wide * t * points)
     pixels = cells * config.spatial_ratio**2 * (1 + config.temporal_ratio * (frames - 1))
     features = 0 if tile is None else widths[0] * cells * frames * dtype.itemsize
@@ -62,11 +64,10 @@ def encode_bytes(config: VAEConfig, pixel_shape: Sequence[int], dtype: torch.dty
         count.blocks(wide, width_out, config.encoder_blocks, t, points, held=entering)
         below = points // space**2
         if space > 1:
-            count.peak(entering + width_out * t * (3 * points + below))  # gathered by frame, padded, reordered, strided
+            count.peak(entering + width_out * t * (3 * points + below))  # whole, padded, reordered, strided
         if temporal:
-            count.conv(width_out, width_out, t, below, held=entering + width_out * t * below)
+            count.conv(width_out, width_out, t, below, held=entering + width_out * t * below, area=1)
             t = -(-t // 2)
-        count.peak(3 * entering + 2 * width_out * t * below)  # the input padded and folded, then averaged
         points, wide = below, width_out
     count.middle(wide, cells, h * w)
     count.conv(wide, 2 * config.latent_channels, 1, cells, held=wide * cells)
@@ -84,10 +85,12 @@ class _Count:
     def peak(self, elements: int) -> None:
         self.alive = max(self.alive, elements)
 
-    def conv(self, width_in: int, width_out: int, t: int, points: int, held: int) -> None:
-        """A causal convolution: its past, its padded input and as much workspace, its output, and what is `held` meanwhile."""
-        self.remembered += CONTEXT * width_in * points * self.past
-        self.peak(held + 2 * width_in * (t + CONTEXT) * points + width_out * t * points)
+    def conv(self, width_in: int, width_out: int, t: int, points: int, held: int, area: int = 9) -> None:
+        """A causal convolution: its past, its input behind it and as much workspace, its output, and what is `held` meanwhile."""
+        context = CONTEXT * self.past
+        self.remembered += context * width_in * points
+        weights = area * (1 + context) * width_in * width_out
+        self.peak(held + 2 * width_in * (t + context) * points + width_out * t * points + weights)
 
     def blocks(self, width_in: int, width_out: int, count: int, t: int, points: int, held: int) -> None:
         for wide in (width_in, *[width_out] * (count - 1)):

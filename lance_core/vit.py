@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,10 +19,11 @@ from .config import ViTConfig
 from .errors import CheckpointError, MediaError
 from .ops import Attention, TorchOps
 from .ops import attention as torch_attention
+from .rope import rotate_into
 
 RMS_EPS = 1e-6
 ROPE_THETA = 10_000.0
-PATCH_CHUNK = 16_384  # patches embedded at once: cuDNN refuses batches beyond 65,535, which a 480p clip reaches
+PIECE = 8192  # patches rotated at once, and a frame at least: their float32 copies are larger than anything else
 
 Grid = tuple[int, int, int]
 
@@ -40,7 +42,7 @@ class Layout:
     """One grid's patches in the order the blocks work on: frame by frame, inside a frame windows of equal size together.
 
     So every window class of every frame is a slice, and a whole frame is one too: neither kind of attention needs a mask.
-    `order` [h * w / merge^2] lists a frame's merge groups in that order; `cos`, `sin` [h * w, 1, head width] belong to it.
+    `order` [h * w / merge^2] lists a frame's merge groups in that order; `cos`, `sin` [1, h * w, head width] belong to it.
     """
 
     grid: Grid
@@ -85,13 +87,6 @@ def rope_angles(rows: Tensor, cols: Tensor, head_dim: int) -> Tensor:
     return torch.cat([half, half], dim=1)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Half-rotation rope in float32. x: [frames, n, heads, width]; cos, sin: [n, 1, width]. Keeps x's dtype."""
-    wide = x.float()
-    first, second = wide.chunk(2, dim=-1)
-    return (wide * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
-
-
 class SelfAttention(nn.Module):
     """Attention inside windows, or inside whole frames; never across frames."""
 
@@ -110,16 +105,25 @@ class SelfAttention(nn.Module):
 
     def _mix(self, qkv: Tensor, layout: Layout, full: bool) -> Tensor:
         frames = qkv.view(layout.grid[0], layout.frame, 3, self.heads, -1)
-        q, k, v = frames.unbind(2)
-        q, k = rotate(q, layout.cos, layout.sin), rotate(k, layout.cos, layout.sin)
+        v = frames[:, :, 2]
+        q, k = (self._rotated(frames[:, :, i], layout) for i in range(2))
         if full:
             return self.attention(q, k, v, False).flatten(2).flatten(0, 1)
-        outs = []
+        mixed = qkv.new_empty(layout.grid[0], layout.frame, qkv.shape[1] // 3)
         for group in layout.classes:
             span = slice(group.start, group.start + group.count * group.tokens)
             windows = [s[:, span].reshape(-1, group.tokens, *s.shape[2:]) for s in (q, k, v)]
-            outs.append(self.attention(*windows, False).reshape(layout.grid[0], group.count * group.tokens, -1))
-        return torch.cat(outs, dim=1).flatten(0, 1)
+            mixed[:, span] = self.attention(*windows, False).reshape(layout.grid[0], group.count * group.tokens, -1)
+        return mixed.flatten(0, 1)
+
+    @staticmethod
+    def _rotated(x: Tensor, layout: Layout) -> Tensor:
+        """Heads [frames, n, heads, width] by the rope of their places."""
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        count = max(1, PIECE // layout.frame)
+        for part, place in zip(x.split(count), out.split(count), strict=True):
+            rotate_into(place, part, layout.cos, layout.sin)
+        return out
 
 
 class MLP(nn.Module):
@@ -133,11 +137,11 @@ class MLP(nn.Module):
         self.down_proj = ops.Linear(inner, width, bias=True, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(F.silu(self.gate_proj(x), inplace=True).mul_(self.up_proj(x)))
 
 
 class Block(nn.Module):
-    """One layer: attention inside windows, or inside whole frames if `full`, and the feed-forward."""
+    """One layer, in place: attention inside windows, or inside whole frames if `full`, and the feed-forward."""
 
     def __init__(self, config: ViTConfig, full: bool, ops: Any, attention: Attention, device: Any, dtype: Any) -> None:
         super().__init__()
@@ -148,24 +152,38 @@ class Block(nn.Module):
         self.mlp = MLP(config, ops, device, dtype)
 
     def forward(self, x: Tensor, layouts: Sequence[Layout]) -> Tensor:
-        x = x + self.attn(self.norm1(x), layouts, self.full)
-        return x + self.mlp(self.norm2(x))
+        x.add_(self.attn(self.norm1(x), layouts, self.full))
+        return x.add_(self.mlp(self.norm2(x)))
+
+
+@cache
+def _whole_kernel(conv: type) -> type:
+    """A host's convolution, for inputs exactly as large as its kernel: a matrix product of what both hold.
+
+    Libraries take many small inputs through their slowest ways, and cuDNN refuses more than 65,535, which a clip reaches.
+    The host may cast, patch and stream the weight as ever.
+    """
+
+    class WholeKernel(conv):
+        def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
+            return F.linear(x, weight.flatten(1), bias)
+
+    return WholeKernel
 
 
 class PatchEmbed(nn.Module):
-    """A patch's pixels to one vector: a convolution whose kernel is the whole patch."""
+    """A patch's pixels to one vector."""
 
     def __init__(self, config: ViTConfig, ops: Any, device: Any, dtype: Any) -> None:
         super().__init__()
-        self.window = (config.in_channels, config.temporal_patch_size, config.patch_size, config.patch_size)
-        kernel = self.window[1:]
-        self.proj = ops.Conv3d(
+        kernel = (config.temporal_patch_size, config.patch_size, config.patch_size)
+        self.proj = _whole_kernel(ops.Conv3d)(
             config.in_channels, config.hidden_size, kernel_size=kernel, stride=kernel, bias=False, device=device, dtype=dtype
         )
 
     def forward(self, patches: Tensor) -> Tensor:
         """[n, channels * frames * rows * cols] to [n, hidden]."""
-        return torch.cat([self.proj(chunk.reshape(-1, *self.window)).flatten(1) for chunk in patches.split(PATCH_CHUNK)])
+        return self.proj(patches)
 
 
 class Merger(nn.Module):
@@ -253,7 +271,7 @@ class VisionTower(nn.Module):
         inside = torch.arange(merge**2)
         rows = (order // (w // merge) * merge)[:, None] + inside // merge
         cols = (order % (w // merge) * merge)[:, None] + inside % merge
-        angles = rope_angles(rows.flatten(), cols.flatten(), self.head_dim)[:, None]  # a row for every head
+        angles = rope_angles(rows.flatten(), cols.flatten(), self.head_dim)[None]
         return Layout(
             grid, order.to(device), order.argsort().to(device), classes, angles.cos().to(device=device), angles.sin().to(device=device)
         )

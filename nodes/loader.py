@@ -144,7 +144,13 @@ def _open(name: str) -> Checkpoint:
 
 
 def _patchers(checkpoint: Checkpoint, dtype: str, disable_dynamic: bool = False):
-    """Patchers of the generation expert, the understanding expert and the vision tower (or None); and the compute dtype."""
+    """Patchers of the generation expert, the understanding expert and the vision tower (or None); and the compute dtype.
+
+    Three patchers, so that the host holds what each task needs and no more: reading and answering run the vision tower and the
+    understanding expert; sampling runs both experts. Where these do not fit together, the generation expert goes first
+    (`host.main_first`): it reads every token of the picture in every step, the understanding expert two markers, so that streaming
+    it costs a transfer a step, and little else.
+    """
     config = checkpoint.config
     stored, compute = host.weight_dtypes(dtype, checkpoint.parts["gen"].parameters + checkpoint.parts["und"].parameters)
     ops = host.operations(stored, compute)
@@ -153,7 +159,7 @@ def _patchers(checkpoint: Checkpoint, dtype: str, disable_dynamic: bool = False)
         host.fill(patcher, module, checkpoint.tensors(which, stored, module=module), checkpoint.count(which, module))
 
     understanding = join(checkpoint.build("und", ops, dtype=stored, make=quant.make)).eval()
-    und = host.make_patcher(understanding, disable_dynamic=disable_dynamic)
+    und = host.make_patcher(understanding, quant.PatchesInForward, disable_dynamic=disable_dynamic)
     part("und", understanding, und)
     main = model.build(config.llm, stored, compute, und, disable_dynamic, checkpoint.parts["gen"].formats)
     part("gen", main.model.diffusion_model, main)

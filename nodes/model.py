@@ -207,7 +207,7 @@ def restore_clean(
     return torch.where(mask.to(out.device) == 0, latent_image.to(out), out)
 
 
-class _Routing:
+class _Routing(quant.PatchesInForward):
     """Patcher behaviour: patches named for the other expert go to its patcher; both are pinned to the same weights' id."""
 
     def add_patches(self, patches: dict, *args: Any, **kwargs: Any) -> list:
@@ -256,4 +256,5 @@ def build(
     patcher = host.make_patcher(model, _Routing, disable_dynamic=disable_dynamic)
     patcher.set_additional_models(UND, [understanding])
     patcher.add_wrapper_with_key(px.WrappersMP.OUTER_SAMPLE, "lance_restore", restore_clean)
+    patcher.add_wrapper_with_key(px.WrappersMP.PREPARE_SAMPLING, "lance_placement", host.main_first)
     return patcher

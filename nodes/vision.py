@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..lance_core import preprocess
+from ..lance_core import media, preprocess
 from ..lance_core.config import OUTPUT_FPS
 from ..lance_core.errors import NumericsError, RequestError
 from ..lance_core.sequence import Kind, Role, Segment
@@ -37,7 +37,13 @@ def to_bytes(images: Tensor, mask: Tensor | None = None) -> np.ndarray:
 
 
 def clip_of(video) -> np.ndarray:
-    """The frames of a VIDEO the model sees, uint8 [n, h, w, 3]."""
+    """The frames of a VIDEO the model sees, uint8 [n, h, w, 3].
+
+    A file is read as the core reads it: hosts turn colours into RGB in different ways, and hold every frame in memory.
+    """
+    file = host.video_file(video)
+    if file is not None:
+        return media.read_clip(file, progress=host.progress())[0]
     components = video.get_components()
     return thin(components.images, float(components.frame_rate))
 

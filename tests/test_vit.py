@@ -189,13 +189,33 @@ def test_bfloat16_follows_the_input():
     assert_near(rough, exact, 0.1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.inference_mode()
-def test_patches_embedded_in_chunks(monkeypatch):
-    tower, grid = tower_of(SMALL), (1, 10, 14)
+def test_patches_as_a_matrix_product(dtype):
+    embed = tower_of(SMALL).patch_embed.to(dtype)
+    patches = patches_of(SMALL, [(1, 10, 14)]).to(dtype)
+    kernel = embed.proj.weight
+    plain = F.conv3d(patches.view(-1, *kernel.shape[1:]), kernel).flatten(1)
+    assert_near(embed(patches), plain, 1e-6 if dtype == torch.float32 else 0.01)
+
+
+@pytest.mark.parametrize("piece", [1, 33, 280])
+@torch.inference_mode()
+def test_rotating_in_pieces_changes_nothing(piece, monkeypatch):
+    tower, grid = tower_of(SMALL), (3, 10, 14)
     patches = patches_of(SMALL, [grid])
     whole = tower(patches, [grid])
-    monkeypatch.setattr("lance_core.vit.PATCH_CHUNK", 33)
-    assert_near(tower(patches, [grid]), whole, 1e-6)
+    monkeypatch.setattr("lance_core.vit.PIECE", piece)
+    assert torch.equal(tower(patches, [grid]), whole)
+
+
+@torch.inference_mode()
+def test_input_is_left_alone():
+    tower, grid = tower_of(SMALL), (2, 10, 14)
+    patches = patches_of(SMALL, [grid])
+    before = patches.clone()
+    tower(patches, [grid])
+    assert torch.equal(patches, before)
 
 
 @torch.inference_mode()

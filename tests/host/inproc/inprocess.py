@@ -7,6 +7,7 @@ one such host per process, made by `conftest.py`; everything of ComfyUI (comfy, 
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 import sys
 import uuid
@@ -91,7 +92,11 @@ class InProcessComfy:
         self.server.send_sync = lambda event, data, sid=None: self.sent.append((event, data))
         self.nodes[_CAPTURE] = _Capture
         self._execution = execution
-        self._executor = execution.PromptExecutor(self.server)
+        # Results stay until `forget`: newer hosts want to be told so, or they drop results when memory is short.
+        newer = "cache_args" in inspect.signature(execution.PromptExecutor).parameters
+        self._executor = execution.PromptExecutor(
+            self.server, **({"cache_args": dict.fromkeys(("lru", "ram", "ram_inactive"), 0)} if newer else {})
+        )
 
     def run(self, workflow: Workflow, want: Sequence[Link] = ()) -> Result:
         """Validate and execute. `want`: (node id, output index) whose values to return, e.g. [("3", 0)] for a sampler's latent.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,14 @@ def newer_patcher(comfy, monkeypatch):
 
         def is_dynamic(self):
             return True
+
+        # What hosts that have the real one ask of it.
+
+        def set_in_use_by_current_prompt(self, in_use):
+            pass
+
+        def loaded_ram_size(self):
+            return 0
 
         def clone(self, disable_dynamic=False, model_override=None, force_deepcopy=False):
             type(self)(self.model, self.load_device, self.offload_device, self.model_size(), weight_inplace_update=False, fast_disk=True)
@@ -157,6 +166,35 @@ def test_layers_without_weights(comfy, good, monkeypatch):
     assert init is not linear.__init__ and fill is not linear._load_from_state_dict
 
 
+@pytest.mark.parametrize("dtype", [None, "int8", "int4"])
+def test_layers_the_host_itself_makes_without_weights(comfy, monkeypatch, tmp_path, dtype):
+    """As newer hosts do with dynamic VRAM."""
+    import comfy.model_management as mm
+
+    memory = pytest.importorskip("comfy.memory_management", reason="this host never does")
+    checkpoint = CHECKPOINT
+    if dtype:
+        import folder_paths
+
+        checkpoint = f"{dtype}.safetensors"
+        module(comfy, "lance_core.convert").convert(GOLDEN / "checkpoint" / CHECKPOINT, tmp_path / checkpoint, dtype)
+        monkeypatch.setitem(folder_paths.folder_names_and_paths, "lance", ([str(tmp_path)], set()))
+    graph = t2i()
+    graph["loader"]["inputs"]["checkpoint"] = checkpoint
+    comfy.forget()
+    wanted = samples(comfy, lance(graph))
+    comfy.forget()
+    monkeypatch.setattr(memory, "aimdo_enabled", True)
+    monkeypatch.setattr(mm, "WINDOWS", True)
+    host = module(comfy, "nodes.host")
+    linear = host.operations(torch.float32, torch.float32).Linear(4, 4, bias=True, dtype=torch.float16)
+    assert linear.weight is None and host.planned(linear) == (torch.float16, True)
+    comfy.value(graph, "loader")
+    monkeypatch.setattr(memory, "aimdo_enabled", False)  # there is none to ask for memory
+    assert torch.equal(samples(comfy, lance(graph)), wanted)
+    comfy.forget()
+
+
 def test_base_model_calls(comfy, good):
     """New arguments of the methods ComfyUI calls on a model."""
     main = comfy.value(edit(), "loader")
@@ -172,25 +210,26 @@ def test_latent_shapes_everywhere(comfy, good, monkeypatch):
     from comfy.patcher_extension import WrapperExecutor
 
     encode, outer, seen = stock.encode_model_conds, stock.CFGGuider.outer_sample, []
+    has_them = "latent_shapes" in inspect.signature(outer).parameters
 
     def newer_encode(*args, **kwargs):
-        return encode(*args, **kwargs, latent_shapes=[(1, 48, 1, 4, 4)])
+        return encode(*args, **{"latent_shapes": [(1, 48, 1, 4, 4)], **kwargs})
 
     def newer_outer(self, *args, latent_shapes=None, **kwargs):
         seen.append(latent_shapes)
-        return outer(self, *args, **kwargs)
+        return outer(self, *args, **kwargs, **({"latent_shapes": latent_shapes} if has_them else {}))
 
     execute = WrapperExecutor.execute
 
     def handing_on(self, *args, **kwargs):
         named = getattr(self.original, "__name__", "") == "newer_outer"
-        return execute(self, *args, **({**kwargs, "latent_shapes": "these"} if named else kwargs))
+        return execute(self, *args, **({"latent_shapes": [(1, 48, 1, 14, 19)], **kwargs} if named else kwargs))
 
     monkeypatch.setattr(stock, "encode_model_conds", newer_encode)
     monkeypatch.setattr(stock.CFGGuider, "outer_sample", newer_outer)
     monkeypatch.setattr(WrapperExecutor, "execute", handing_on)
     same_as(comfy, good)
-    assert set(seen) == {"these"}
+    assert [list(map(tuple, shapes)) for shapes in seen] == [[(1, 48, 1, 14, 19)]]
 
 
 def test_vae_output_in_place(comfy, good):

@@ -67,7 +67,7 @@ def two_pictures(graph):
 
 BATCH = node("RepeatImageBatch", image=["photo", 0], amount=3)
 EMPTY = node("EmptyLanceLatent", size="custom", aspect="1:1", width=64, height=64, frames=9, batch_size=1)
-LARGE = node("EmptyLatentImage", width=1024, height=1024, batch_size=1)
+LARGE = node("LatentUpscaleBy", samples=["small", 0], upscale_method="nearest-exact", scale_by=8.0)
 
 # name -> (graph, node to run, words of the sentence: what came, and what to do)
 REFUSED = {
@@ -95,7 +95,11 @@ REFUSED = {
     ),
     "stock sampler, too": (ksampler({**edit(), "latent": t2i()["latent"]}), "sampler", "connect the LATENT output"),
     "video latent for an image": (lance({**t2i(), "latent": EMPTY}), "sampler", "encoded for an image: set Lance Text Encode's target"),
-    "latent too large": (ksampler({**t2i(), "latent": LARGE}), "sampler", "1024 pixels.*smaller and upscale"),
+    "latent too large": (
+        ksampler({**t2i(), "small": t2i(width=256, height=256)["latent"], "latent": LARGE}),
+        "sampler",
+        "1024 pixels.*smaller and upscale",
+    ),
     "another model": (with_foreign(lance(t2i()), {"sampler.model": 0}), "sampler", "connect the MODEL of Lance Loader"),
     "another conditioning": (with_foreign(lance(t2i()), {"sampler.positive": 1}), "sampler", "encode the prompt with Lance Text Encode"),
     "another negative": (with_foreign(ksampler(t2i()), {"sampler.negative": 1}), "sampler", "encode the prompt with Lance Text Encode"),

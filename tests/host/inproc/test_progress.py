@@ -20,9 +20,12 @@ def decoded(graph):
     return {**graph, "decoded": node("LanceVAEDecode", vae=["loader", 2], samples=["sampler", 0])}
 
 
-def test_progress_is_told(comfy):
+def test_progress_is_told(comfy, monkeypatch):
+    from comfy import utils
     from protocol import BinaryEventTypes
 
+    for limit in ("PROGRESS_THROTTLE_MIN_INTERVAL", "PROGRESS_THROTTLE_MIN_PERCENT"):  # newer hosts keep quiet between quick steps
+        monkeypatch.setattr(utils, limit, 0, raising=False)
     comfy.forget()
     asked = question(tokens=5)
     for graph, name, least in (
@@ -49,6 +52,9 @@ def test_previews_come_with_the_steps(comfy, monkeypatch):
     pictured = [getattr(BinaryEventTypes, kind) for kind in kinds if hasattr(BinaryEventTypes, kind)]
 
     monkeypatch.setattr(latent_preview.args, "preview_method", LatentPreviewMethod.Latent2RGB)
+    monkeypatch.setattr(
+        latent_preview, "default_preview_method", LatentPreviewMethod.Latent2RGB, raising=False
+    )  # newer hosts: for each run
     comfy._executor.reset()
     for graph in (lance(t2i()), lance(i2v()), guided(t2i())):
         sent = comfy.run(graph, [("sampler", 0)]).sent
