@@ -152,7 +152,8 @@ class LanceModel(comfy.model_base.BaseModel):
         kv = 2 * llm.num_kv_heads * llm.head_dim * size * llm.num_layers * sum(c + tokens for c in contexts.values())
         heads = (llm.num_heads + 2 * llm.num_kv_heads) * llm.head_dim
         queries = llm.num_heads * llm.head_dim
-        attending = 2 * (llm.hidden_size + heads + queries) * size  # the host's attention wants the queries and gives the result in copies
+        # The joined projections live on beside the rotated ones; the host's attention wants the queries and gives the result in copies.
+        attending = (2 * (llm.hidden_size + heads + queries) + queries) * size
         rotating = 8 * queries
 
         def activations(rows: int, tokens: int) -> int:

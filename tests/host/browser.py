@@ -17,8 +17,16 @@ PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 FLAGS = ("--no-sandbox", "--disable-background-networking", "--disable-component-update", "--disable-gpu", "--disable-dev-shm-usage")
 
 # Said on pages of a stock ComfyUI: optional files and (new frontend, old core) routes that are not there, outside hosts that are
-# blocked, and one slip of the frontend of 0.3.64 on its first page. Nothing that names a pack's file is ever taken for noise.
-NOISE = ("Failed to load resource", "JobsApiError", "Failed to fetch", "(reading 'id')")
+# blocked, and one slip each of the frontends of 0.3.64 and of 1.58 on their first page. Nothing that names a pack's file is ever taken
+# for noise.
+NOISE = (
+    "Failed to load resource",
+    "JobsApiError",
+    "Failed to fetch",
+    "https://huggingface.co",
+    "(reading 'id')",
+    "graph accessed before initialization",
+)
 
 _READY = "() => window.app?.graph && Object.keys(window.LiteGraph?.registered_node_types ?? {}).length > 50"
 # `comfyAPI` is the frontend's own door for extensions; its api object is an EventTarget of what the server says.

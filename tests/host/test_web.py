@@ -185,7 +185,7 @@ def test_the_scripts_memory_is_the_released_models():
     assert constant("PER_TOKEN") == 2 * (key_value + LLM.hidden_size)
     heads = (LLM.num_heads + 2 * LLM.num_kv_heads) * LLM.head_dim
     queries = LLM.num_heads * LLM.head_dim
-    assert constant("ATTENDING") == 2 * (LLM.hidden_size + heads + queries) * 2
+    assert constant("ATTENDING") == (2 * (LLM.hidden_size + heads + queries) + queries) * 2
     assert constant("ROTATING") == 8 * queries
     assert constant("FEEDING") == 4 * LLM.hidden_size * 2
     assert constant("PER_PIECE_TOKEN") == 2 * 2 * LLM.intermediate_size

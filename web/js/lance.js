@@ -37,7 +37,7 @@ const FPS = 12;
 // feed-forward; their widest tensors exist for PIECE tokens at once.
 const WEIGHTS = 12.35e9;
 const PER_TOKEN = 2 * 2 * 128 * 36 * 2 + 2048 * 2;
-const ATTENDING = 2 * (2048 + (16 + 2 * 2) * 128 + 16 * 128) * 2;
+const ATTENDING = (2 * (2048 + (16 + 2 * 2) * 128 + 16 * 128) + 16 * 128) * 2;
 const ROTATING = 8 * 16 * 128;
 const FEEDING = 4 * 2048 * 2;
 const PIECE = 8192;
