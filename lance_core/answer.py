@@ -53,12 +53,14 @@ def write(
     choose: Chooser,
     on_token: Callable[[Piece], None] | None = None,
     fixed: bool = False,
+    ahead: bool | None = None,
 ) -> tuple[str, list[int]]:
     """Write after an understanding sequence until the end token or the limit.
 
     Args:
         on_token: called with each new piece of text; raise in it to stop.
         fixed: see `TokenLoop`.
+        ahead: start on the next token before this one is told. None: where the device works by itself, that is not on the CPU.
 
     Returns: the text without the end token, and every id, the end token included if it was reached.
 
@@ -67,8 +69,9 @@ def write(
     """
     context, logits, position = model.read(sequence, tokens_per_second, max_new_tokens - 1)
     following = TokenLoop(model, context, position, fixed)
+    ahead = model.device.type != "cpu" if ahead is None else ahead
     ids: list[int] = []
-    written = 0
+    text, complete, told = "", 0, 0  # text of the first `complete` ids, and how much of what follows has been told
     while True:
         token = choose(logits[: len(tokenizer)])
         if token is None:
@@ -76,14 +79,18 @@ def write(
         ids.append(token)
         ended = token == tokenizer.im_end
         over = ended or len(ids) == max_new_tokens
-        text = tokenizer.decode(ids[:-1] if ended else ids)
+        if ahead and not over:
+            logits = following(token)
+        # Only what is not complete is decoded anew: an unfinished character decodes to U+FFFD for now and is held back.
+        tail = tokenizer.decode(ids[complete:-1] if ended else ids[complete:])
+        stable = tail if over else tail.rstrip("\ufffd")
+        piece = Piece(stable[told:])
+        piece.token_id, told = token, max(told, len(stable))
+        if stable == tail:
+            text, complete, told = text + tail, len(ids), 0
         if on_token is not None:
-            # An unfinished character decodes to U+FFFD for now: hold it back until it is complete or the answer ends.
-            stable = text if over else text.rstrip("\ufffd")
-            piece = Piece(stable[written:])
-            piece.token_id = token
-            written = max(written, len(stable))
             on_token(piece)
         if over:
             return text, ids
-        logits = following(token)
+        if not ahead:
+            logits = following(token)

@@ -275,9 +275,3 @@ class DualExpert:
         context = self.new_context(sum(s.length for s, _ in parts) + room)
         hidden = self.extend(context, None, parts, self.markers(sequence))
         return context, self.logits(hidden), int(max(p.max() for _, p in parts)) + 1
-
-    def next_token(self, context: Context, token: int, position: int) -> Tensor:
-        """Append one text token at `position` and return the logits of the one after it, float32 [vocabulary]."""
-        with context.extend(None, 1, True, self.attention) as attend:
-            hidden, _ = self._run(self.embed([token]), None, torch.full((3, 1), position), attend)
-        return self.logits(hidden)

@@ -38,6 +38,7 @@ from lance_core.config import CELL, LATENT_CHANNELS, RELEASED_LLM, RELEASED_VAE,
 from lance_core.decoder import join  # noqa: E402
 from lance_core.model import Branch, DualExpert, Generation, Plan, Prepared, Understanding  # noqa: E402
 from lance_core.quantize import FORMATS, QuantLinear, quantisable, swap  # noqa: E402
+from lance_core.token_loop import TokenLoop  # noqa: E402
 from lance_core.vae import TILE, WanVAE  # noqa: E402
 from lance_core.vit import VisionTower  # noqa: E402
 
@@ -209,7 +210,8 @@ class Bench:
             model = DualExpert(self.config.llm, modules["und"], None, dtype=COMPUTE, device=self.device)
             sequence, rate = case.question(self.config), self.config.tokens_per_second
             context, _, at = self.note(meter, "prefill", lambda: model.read(sequence, rate, 256))
-            self.note(meter, "token", lambda: model.next_token(context, 1, at))
+            following = TokenLoop(model, context, at)
+            self.note(meter, "token", lambda: following(1))
 
 
 def case_of(request: Request, config: LanceConfig) -> Case:

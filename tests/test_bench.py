@@ -26,6 +26,7 @@ from lance_core.decoder import join
 from lance_core.errors import CheckpointError, RequestError
 from lance_core.model import Branch, DualExpert, Generation, Plan, Prepared, Understanding
 from lance_core.sampler import Guidance, schedule
+from lance_core.token_loop import TokenLoop
 from lance_core.vae import WanVAE
 from lance_core.vit import VisionTower
 
@@ -116,7 +117,8 @@ def test_token_cost_equals_torchs_count():
     model, question = model_of(), request_of()[0].question(CONFIG)
     context, _, position = model.read(question, 2, 1)
     length = sum(s.length for s in question.context)
-    assert counted(lambda: model.next_token(context, 3, position)) == cost.token(LLM, length, 4).flops
+    following = TokenLoop(model, context, position)
+    assert counted(lambda: following(3)) == cost.token(LLM, length, 4).flops
 
 
 @torch.inference_mode()
@@ -163,13 +165,11 @@ def test_baseline_gives_the_same_velocity_and_result(edit):
 def test_baseline_writes_the_same_logits():
     model, question = model_of(), request_of()[0].question(CONFIG)
     context, ours, position = model.read(question, 2, 3)
-    baseline = Baseline(model)
+    baseline, following = Baseline(model), TokenLoop(model, context, position)
     side, logits = baseline.read(question, 2)
     torch.testing.assert_close(logits, ours, rtol=1e-4, atol=1e-5)
-    for token in (4, 9):
-        ours = model.next_token(context, token, position)
-        torch.testing.assert_close(baseline.next_token(side, token, position), ours, rtol=1e-4, atol=1e-5)
-        position += 1
+    for i, token in enumerate((4, 9)):
+        torch.testing.assert_close(baseline.next_token(side, token, position + i), following(token), rtol=1e-4, atol=1e-5)
 
 
 @torch.inference_mode()

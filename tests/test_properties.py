@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 
 import lance_core
 from lance_core import prompts, rope
-from lance_core.answer import Chooser
+from lance_core.answer import Chooser, write
 from lance_core.config import VAEConfig
 from lance_core.model import Branch, Plan, Prepared
+from lance_core.ops import attention
 from lance_core.sampler import Guidance, euler, schedule
 from lance_core.sequence import Kind, Role, Segment
 
@@ -516,3 +517,30 @@ def test_pieces_hold_back_unfinished_characters(image_lance):
         answer = image_lance.answer(sequence, len(ids), lambda _: next(script), pieces.append)
     assert answer.text == "狐狸 in 雪" == "".join(pieces)
     assert not any("\ufffd" in p for p in pieces)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_pieces_are_told_whole_however_the_bytes_fall(image_lance, ahead):
+    """Characters of several tokens, bytes that never become one, special tokens between: the text is that of all ids at once."""
+    tokenizer = image_lance.checkpoint.tokenizer
+    broken = tokenizer.encode("雪")[:-1]
+    whole = tokenizer.encode("a狐 ")
+    ids = [*whole, *broken, *tokenizer.encode("b"), tokenizer.vision_start, *broken, *broken, *tokenizer.encode("狸c"), *broken]
+    script, pieces, told = iter(ids), [], []
+    sequence = prompts.question(tokenizer, "", [], "what?")
+
+    def tell(piece):
+        pieces.append(piece)
+        told.append(len(passes))
+
+    with torch.inference_mode():
+        model = image_lance.experts(generation=False)
+        passes = []
+        model.attention = lambda *args: (passes.append(1), attention(*args))[1]
+        text, written = write(model, tokenizer, sequence, 2.0, len(ids), lambda _: next(script), tell, ahead=ahead)
+    assert written == ids and text == tokenizer.decode(ids) == "".join(pieces)
+    assert "".join(pieces[: len(whole)]) == "a狐 "
+    assert pieces[ids.index(tokenizer.vision_start)] == "<|vision_start|>"
+    # Each token but the last has a pass of its own, begun before or after it is told.
+    layers = model.config.num_layers
+    assert [n - told[0] for n in told] == [layers * (min(i + ahead, len(ids) - 1) - ahead) for i in range(len(ids))]
