@@ -80,6 +80,7 @@ def parser() -> argparse.ArgumentParser:
     common.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     common.add_argument("--dtype", choices=DTYPES, default="bf16", help="default: %(default)s")
     common.add_argument("--compile", action="store_true", help="fuse small steps with torch.compile: takes minutes once")
+    common.add_argument("--overlap", action="store_true", help="run the understanding expert's few tokens beside the rest; CUDA only")
     common.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     common.add_argument("-q", "--quiet", action="store_true", help="no progress bars")
     for task in TASKS.values():
@@ -167,7 +168,8 @@ def run_task(args: argparse.Namespace, task: Task, bars: Bars) -> dict[str, Any]
     output = _check_output(args, task)
     name = "Lance_3B_Video" if task.is_video else "Lance_3B"
     where = args.model or Path("models/lance") / name
-    lance = load(where, args.device, DTYPES[args.dtype], vit=args.vit, vae=args.vae, compile=args.compile, progress=bars)
+    options = {key: getattr(args, key) for key in ("vit", "vae", "compile", "overlap")}
+    lance = load(where, args.device, DTYPES[args.dtype], **options, progress=bars)
     if task.output == "text":
         return _understand(args, task, lance, bars)
     return _generate(args, task, lance, output, bars)

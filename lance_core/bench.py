@@ -25,6 +25,7 @@ from .checkpoint import Checkpoint, Progress
 from .config import RELEASED_LLM, RELEASED_VAE, RELEASED_VIT, LanceConfig
 from .decoder import check_compiler
 from .errors import RequestError
+from .side import Side
 
 __all__ = ["add_arguments", "markdown", "report", "run"]
 
@@ -44,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", type=int, default=100, metavar="TOKENS", help="length of the caption or question")
     parser.add_argument("--repeat", type=int, default=5, help="timed runs of each measure, after warm-up; the median counts")
     parser.add_argument("--compile", action="store_true", help="as with the same option of the tasks; the baseline stays as it is")
+    parser.add_argument("--overlap", action="store_true", help="likewise")
     parser.add_argument("--skip", nargs="+", default=[], metavar="WHAT", help=skip)
     parser.add_argument("--output", metavar="FILE", help="write the result as JSON too")
     own = parser.add_argument_group("sizes of your own")
@@ -77,22 +79,25 @@ def run(args: argparse.Namespace, progress: Progress | None = None) -> dict[str,
     Returns: JSON-ready; also written to `args.output`, and a suite's to `args.plot` and `args.markdown`.
 
     Raises:
-        RequestError: an option out of range, a device or memory that is not there, or matplotlib missing for a plot.
+        RequestError: an option out of range or that the device cannot do, memory that is not there, or matplotlib missing for a plot.
         CheckpointError: `--model` is neither `released` nor a checkpoint.
     """
     device, dtype = device_of(args.device), DTYPES.get(args.dtype)
     if dtype is None:
         raise RequestError(f"dtype is {args.dtype!r}, expected one of {', '.join(DTYPES)}")
     _check(args)
+    fast = (args.compile, args.overlap)
+    if args.overlap:
+        Side(device)
     if args.compile:
         check_compiler(device)
     config, others = _config(args.model), Others()
     with torch.inference_mode():
         if args.suite:
-            bench = Bench(config, device, dtype, args.repeat, "baseline" not in args.skip, progress, BUDGET, args.compile)
+            bench = Bench(config, device, dtype, args.repeat, "baseline" not in args.skip, progress, BUDGET, *fast)
             found = bench_suite.run(bench, args.suite, args.layers, args.skip, args.context, args.patience)
         else:
-            found = _measure(args, Bench(config, device, dtype, args.repeat, args.baseline, progress, compile=args.compile))
+            found = _measure(args, Bench(config, device, dtype, args.repeat, args.baseline, progress, None, *fast))
     layers, measured, cut = found.pop("layers")
     result = {
         "format": FORMAT,
@@ -103,6 +108,7 @@ def run(args: argparse.Namespace, progress: Progress | None = None) -> dict[str,
             "layers_measured": measured,
             "cut": cut,
             "compiled": args.compile,
+            "overlapped": args.overlap,
             "weights": "random",
             "llm": asdict(config.llm),
         },

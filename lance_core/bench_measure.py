@@ -30,6 +30,7 @@ from .model import DualExpert, Generation, Plan, Prepared, Understanding
 from .pipeline import Lance
 from .sampler import Guidance, schedule
 from .sequence import Sequence
+from .side import Side
 from .token_loop import TokenLoop
 from .vae import WanVAE
 from .vit import VisionTower
@@ -52,7 +53,7 @@ class Engine(Lance):
 
 @dataclass(frozen=True)
 class Bench:
-    """What is measured, on what, and how long. budget: see `Meter`; compile: see `pipeline.load`."""
+    """What is measured, on what, and how long. budget: see `Meter`; compile, overlap: see `pipeline.load`."""
 
     config: LanceConfig
     device: torch.device
@@ -62,6 +63,7 @@ class Bench:
     progress: Progress | None = None
     budget: float | None = None
     compile: bool = False
+    overlap: bool = False
 
     def say(self, what: str, done: int, total: int) -> None:
         """Report progress."""
@@ -118,7 +120,7 @@ class Bench:
             expert = materialise(join(kind(llm, device="meta")), self.device, self.dtype)
             experts[i] = compile_layers(expert) if self.compile else expert
         self.say("making random weights", 2, 2)
-        return DualExpert(llm, *experts, dtype=self.dtype, device=self.device)
+        return DualExpert(llm, *experts, dtype=self.dtype, device=self.device, side=Side(self.device) if self.overlap else None)
 
     def tower(self, part: str) -> nn.Module:
         """The "vit" or the "vae" with random weights."""

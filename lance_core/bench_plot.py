@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .bench_report import disturbance, seconds_text
+from .bench_report import disturbance, options, seconds_text
 from .errors import RequestError
 
 INK, SOFT, OURS, RELEASED, LIMIT = "#1f2933", "#7b8794", "#0f766e", "#c5ccd3", "#e8a33d"
@@ -49,8 +49,7 @@ def draw(result: dict[str, Any], path: str) -> None:
         env, model = result["environment"], result["model"]
         layers = f"{model['layers_measured']} of {model['layers']} layers" if model["cut"] else f"all {model['layers']} layers"
         title = f"Lance on {env['device_name']}" + (f", {env['threads']} threads" if env["device"] == "cpu" else "")
-        compiled = ", compiled" * model["compiled"]
-        lines = [title, f"{env['dtype']}, {layers}{compiled}, random weights, torch {env['torch']}", *disturbance(env)]
+        lines = [title, f"{env['dtype']}, {layers}{options(model)}, random weights, torch {env['torch']}", *disturbance(env)]
         figure.suptitle("\n".join(lines), fontsize=12)
         axes = figure.subplots(1, max(len(panels), 1), width_ratios=[1.2, 1][: len(panels)] or None, squeeze=False)[0]
         for (panel, data), axis in zip(panels, axes, strict=False):

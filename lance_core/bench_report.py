@@ -65,10 +65,15 @@ def _heading(result: dict[str, Any]) -> list[str]:
     layers = f"{model['layers']} layers" if not model["cut"] else f"{model['layers_measured']} of {model['layers']} layers ({model['cut']})"
     return [
         f"{env['device_name']} ({env['device']}, {env['threads']} threads), {env['dtype']}, torch {env['torch']}",
-        f"{model['name']}, {layers}, random weights{', compiled' * model['compiled']}",
+        f"{model['name']}, {layers}, random weights{options(model)}",
         f"matmul {speed['matmul']['flops_per_second'] / 1e12:.2f} TFLOP/s, copy {speed['copy']['bytes_per_second'] / 1e9:.1f} GB/s",
         *disturbance(env),
     ]
+
+
+def options(model: dict[str, Any]) -> str:
+    """What was on that is off by default."""
+    return "".join(f", {name}" for name in ("compiled", "overlapped") if model[name])
 
 
 def disturbance(env: dict[str, Any]) -> list[str]:

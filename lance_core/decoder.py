@@ -21,6 +21,7 @@ from .config import LLMConfig
 from .errors import RequestError
 from .ops import TorchOps
 from .rope import rotate_into
+from .side import Side
 
 PIECE = 8192  # tokens a feed-forward takes at once; enough to keep any device busy
 # Projections of one input that run as one product, by the name of the joined layer; files keep them apart.
@@ -197,9 +198,8 @@ def run_layer(
 
     und: [b, u, hidden]; gen: [b, g, hidden] or None; cos, sin: [b or 1, u + g, width], markers first.
     """
-    split, attention = und.shape[1], und_layer.self_attn
-    b, n = und.shape[0], split + (0 if gen is None else gen.shape[1])
-    q, k, v = (und.new_empty(b, n, heads, attention.width) for heads in attention.heads)
+    split = und.shape[1]
+    q, k, v = _heads(und_layer, und, split + (0 if gen is None else gen.shape[1]))
     und_layer.project(und, cos[:, :split], sin[:, :split], *(t[:, :split] for t in (q, k, v)))
     if gen is not None:
         gen_layer.project(gen, cos[:, split:], sin[:, split:], *(t[:, split:] for t in (q, k, v)))
@@ -207,6 +207,11 @@ def run_layer(
     del q, k, v  # a video's are hundreds of megabytes
     und = und_layer.finish(und, out[:, :split])
     return und, None if gen is None else gen_layer.finish(gen, out[:, split:])
+
+
+def _heads(layer: ExpertLayer, x: Tensor, tokens: int) -> tuple[Tensor, ...]:
+    """Room for queries, keys and values of so many tokens."""
+    return tuple(x.new_empty(x.shape[0], tokens, heads, layer.self_attn.width) for heads in layer.self_attn.heads)
 
 
 def run_layers(
@@ -217,12 +222,46 @@ def run_layers(
     cos: Tensor,
     sin: Tensor,
     attend: Attend,
+    side: Side | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """All layers; see `run_layer`. `gen_layers` is needed only when there are generation tokens.
 
-    Without autograd `gen` is overwritten; `und` is not, so that marker embeddings can be shared.
+    Without autograd `gen` is overwritten; `und` is not, so that marker embeddings can be shared. side: where the understanding
+    expert works while the generation expert does, its tokens being few; the result is the same.
     """
     und = und.clone()
+    if side is not None and gen is not None and not torch.is_grad_enabled():
+        return _run_beside(und_layers, gen_layers, und, gen, cos, sin, attend, side)
     for i, und_layer in enumerate(und_layers):
         und, gen = run_layer(i, und_layer, gen_layers[i] if gen is not None else None, und, gen, cos, sin, attend)
     return und, gen
+
+
+def _run_beside(
+    und_layers: nn.ModuleList, gen_layers: nn.ModuleList, und: Tensor, gen: Tensor, cos: Tensor, sin: Tensor, attend: Attend, side: Side
+) -> tuple[Tensor, Tensor]:
+    """`run_layers` with everything of the understanding expert between two attentions on `side`."""
+    split, count = und.shape[1], len(und_layers)
+
+    def between(i: int, x: Tensor, attended: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """From the attention of layer i - 1 to that of layer i: the residual stream, and queries, keys and values."""
+        if attended is not None:
+            x = und_layers[i - 1].finish(x, attended)
+        if i == count:
+            return x, ()
+        heads = _heads(und_layers[i], x, split)
+        und_layers[i].project(x, cos[:, :split], sin[:, :split], *heads)
+        return x, heads
+
+    side.start(partial(between, 0, und, None))
+    for i, gen_layer in enumerate(gen_layers):
+        q, k, v = _heads(gen_layer, gen, split + gen.shape[1])
+        gen_layer.project(gen, cos[:, split:], sin[:, split:], *(t[:, split:] for t in (q, k, v)))
+        und, few = side.result()
+        for whole, part in zip((q, k, v), few, strict=True):
+            whole[:, :split] = part
+        out = attend(i, q, k, v)
+        del q, k, v
+        side.start(partial(between, i + 1, und, out[:, :split].clone()))  # a view would hold on to all of it
+        gen = gen_layer.finish(gen, out[:, split:])
+    return side.result()[0], gen

@@ -20,6 +20,7 @@ from .decoder import ExpertLayer, run_layers
 from .errors import RequestError
 from .ops import Attention, TorchOps, attention
 from .sequence import Kind, Segment, Sequence, merge_text
+from .side import Side
 
 
 class Understanding(nn.Module):
@@ -156,7 +157,7 @@ class Branch:
 
 
 class DualExpert:
-    """Both experts and the passes over them. `gen` may be None for understanding only."""
+    """Both experts and the passes over them. `gen` may be None for understanding only; `side`: see `run_layers`."""
 
     def __init__(
         self,
@@ -167,8 +168,9 @@ class DualExpert:
         attention: Attention = attention,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        side: Side | None = None,
     ) -> None:
-        self.config, self.und, self.gen = config, und, gen
+        self.config, self.und, self.gen, self.side = config, und, gen, side
         self.attention, self.dtype, self.device = attention, dtype, torch.device(device)
 
     # -- context ------------------------------------------------------------------------------------------------
@@ -180,7 +182,7 @@ class DualExpert:
     def _run(self, und: Tensor, gen: Tensor | None, position: Tensor, attend: Attend) -> tuple[Tensor, Tensor | None]:
         cos, sin = rope.tables(position, self.config, self.device)
         layers = None if self.gen is None else self.gen.layers
-        return run_layers(self.und.layers, layers, und, gen, cos[None], sin[None], attend)
+        return run_layers(self.und.layers, layers, und, gen, cos[None], sin[None], attend, self.side)
 
     def extend(self, context: Context, branch: int | None, parts: list[tuple[Segment, Tensor]], markers: Tensor) -> Tensor | None:
         """Run segments into the context. Returns the last text pass's hidden state [1, n, hidden], for `logits`."""
@@ -259,7 +261,7 @@ class DualExpert:
                 out[one] = row.prepared.context.attend_target(layer, row.index, q[one], k[one], v[one], self.attention)
             return out
 
-        _, gen = run_layers(self.und.layers, self.gen.layers, und, gen, cos, sin, attend)
+        _, gen = run_layers(self.und.layers, self.gen.layers, und, gen, cos, sin, attend, self.side)
         return self.gen.llm2vae(self.gen.norm(gen)).float().unflatten(1, x.shape[1:4])
 
     # -- text ---------------------------------------------------------------------------------------------------

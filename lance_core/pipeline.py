@@ -1,4 +1,4 @@
-"""The public API: requests in, latents, frames and answers out. The only place that loads parts and moves data between devices."""
+"""The public API: requests in, latents, frames and answers out. With parts.py, the only place that moves data between devices."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from . import media, preprocess, prompts, request
+from . import media, prompts, request
 from .answer import Chooser, Piece, write
-from .checkpoint import Checkpoint, Progress, non_finite
-from .config import LATENT_CHANNELS, OUTPUT_FPS, LanceConfig
-from .decoder import check_compiler, compile_layers
+from .checkpoint import Checkpoint, Progress
+from .config import LATENT_CHANNELS, OUTPUT_FPS
+from .decoder import check_compiler
 from .errors import NumericsError, RequestError
 from .model import Branch, DualExpert, Plan, Prepared
 from .ops import Attention, attention
+from .parts import Parts
 from .request import Task
 from .sampler import Guidance, euler, schedule, seeded_noise
 from .sequence import Kind, Role, Segment, Sequence, merge_text
-from .vae import denormalize_latent, normalize_latent
+from .side import Side
 
 MAX_BATCH = 64
 MAX_SEED = 2**64 - 1
@@ -58,6 +59,7 @@ def load(
     vit: str | os.PathLike | None = None,
     vae: str | os.PathLike | None = None,
     compile: bool = False,
+    overlap: bool = False,
     progress: Progress | None = None,
 ) -> Lance:
     """Open a checkpoint. Everything is checked now; each part's weights are read when first needed, and kept.
@@ -67,11 +69,12 @@ def load(
         device, dtype: of the weights and the computation.
         vit, vae: files to use instead.
         compile: fuse the decoder's small steps with torch.compile, and on CUDA write text from a graph; the same up to rounding.
+        overlap: the understanding expert works on a CUDA stream of its own while the generation expert does; the same result.
         progress: (what, done, total) on everything that takes time.
 
     Raises:
         CheckpointError: missing, damaged, or another model.
-        RequestError: a device or dtype torch does not have, or nothing that torch.compile could compile with.
+        RequestError: a device or dtype torch does not have, nothing that torch.compile could compile with, or overlap without CUDA.
     """
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise RequestError(f"dtype is {dtype}, expected torch.float32, bfloat16 or float16")
@@ -80,41 +83,19 @@ def load(
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise RequestError(f"device {device!r} cannot be used ({str(error).splitlines()[0]}); 'cpu' always can") from None
+    side = Side(device) if overlap else None
     if compile:
         check_compiler(device)
-    return Lance(Checkpoint(path, vit, vae), device, dtype, progress, compile)
+    return Lance(Checkpoint(path, vit, vae), device, dtype, progress, compile, side)
 
 
-class Lance:
+class Lance(Parts):
     """An opened checkpoint that generates and understands. Made by `load`."""
-
-    def __init__(
-        self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, progress: Progress | None = None, compile: bool = False
-    ) -> None:
-        self.checkpoint, self.device, self.dtype, self.progress, self.compile = checkpoint, device, dtype, progress, compile
-        self._parts: dict[str, nn.Module] = {}
-
-    @property
-    def config(self) -> LanceConfig:
-        return self.checkpoint.config
-
-    def part(self, name: str) -> nn.Module:
-        """One of "und", "gen", "vit", "vae", loaded when first asked for."""
-        if name not in self._parts:
-            self._parts[name] = self.checkpoint.load(name, device=self.device, dtype=self.dtype, progress=self.progress)
-            if self.compile and name in ("und", "gen"):
-                compile_layers(self._parts[name])
-        return self._parts[name]
-
-    def unload(self, *names: str) -> None:
-        """Forget loaded parts (all without names); they are read again when next needed."""
-        for name in names or tuple(self._parts):
-            self._parts.pop(name, None)
 
     def experts(self, generation: bool = True, attention: Attention = attention) -> DualExpert:
         """The decoder, with its generation expert or without."""
         gen = self.part("gen") if generation else None
-        return DualExpert(self.config.llm, self.part("und"), gen, attention=attention, dtype=self.dtype, device=self.device)
+        return DualExpert(self.config.llm, self.part("und"), gen, attention=attention, dtype=self.dtype, device=self.device, side=self.side)
 
     def _counted(self, stage: str, parts: list[list[tuple[Segment, Tensor]]]) -> Attention:
         """Attention that reports how far the passes over `parts` are, a layer at a time."""
@@ -126,7 +107,7 @@ class Lance:
             out = attention(*args)
             done += 1
             if done <= total:
-                self._report(stage, done, total)
+                self.report(stage, done, total)
             return out
 
         return counted
@@ -234,7 +215,7 @@ class Lance:
     def _sources(self, task: Task, image: Any, video: Any, references: Any) -> list[np.ndarray]:
         """The request's media as 8-bit clips [T, H, W, 3], videos already thinned to the frames the model sees."""
         if task.takes == "video":
-            return [media.read_clip(video, progress=lambda done, total: self._report("reading the clip", done, total))[0]]
+            return [media.read_clip(video, progress=lambda done, total: self.report("reading the clip", done, total))[0]]
         if task.takes == "references":
             listed = references if isinstance(references, list | tuple) else [references]
             return [media.load_image(r)[None] for r in listed]
@@ -288,14 +269,14 @@ class Lance:
             return (v[:batch], v[batch:]) if guided else (v, None)
 
         def step(i: int, total: int, latent: Tensor) -> None:
-            self._report("denoising", i, total)
+            self.report("denoising", i, total)
             if callback is not None:
                 callback(i, total, latent)
 
         try:
             return euler(velocity, x, times, guidance, fixed=clean[..., None, None, None], callback=step)
         except NumericsError as error:
-            raise NumericsError(f"{error}{self._blame('gen', 'und')}") from None
+            raise NumericsError(f"{error}{self.blame('gen', 'und')}") from None
 
     # -- understanding ------------------------------------------------------------------------------------------
 
@@ -346,71 +327,17 @@ class Lance:
         def show(piece: Piece) -> None:
             nonlocal count
             count += 1
-            self._report("writing", count, max_new_tokens)
+            self.report("writing", count, max_new_tokens)
             if on_token is not None:
                 on_token(piece)
 
-        self._report("writing", 0, max_new_tokens)
+        self.report("writing", 0, max_new_tokens)
         model, rate = self.experts(generation=False), self.config.tokens_per_second
         try:
             fixed = self.compile and self.device.type == "cuda"
             return Answer(*write(model, self.checkpoint.tokenizer, sequence, rate, max_new_tokens, choose, show, fixed))
         except NumericsError as error:
-            raise NumericsError(f"{error}{self._blame('und', 'vit')}") from None
-
-    # -- pictures in and out ------------------------------------------------------------------------------------
-
-    def visual_segments(self, clip: np.ndarray, resolution: str, role: Role) -> list[Segment]:
-        """A reference's two blocks: as the ViT sees it, then its clean latent. clip: uint8 [T, H, W, 3]."""
-        latent = self.encode_vae(clip, resolution)
-        return [self.seen_segment(clip, resolution, role), Segment(Kind.CLEAN, role, grid=tuple(latent.shape[:3]), data=latent)]
-
-    def seen_segment(self, clip: np.ndarray, resolution: str, role: Role) -> Segment:
-        """The ViT's block of a clip."""
-        vit = self.part("vit")
-        patches, (t, h, w) = preprocess.vit_patches(clip, resolution, self.config.vit)
-        embeds = vit(patches.to(self.device, self.dtype), [(t, h, w)], progress=lambda i, n: self._report("looking", i, n))
-        if not bool(torch.isfinite(embeds).all()):
-            raise NumericsError(f"the ViT gave NaN or infinity{self._blame('vit')}")
-        merge = self.config.vit.spatial_merge_size
-        return Segment(Kind.SEEN, role, grid=(t, h // merge, w // merge), data=embeds)
-
-    def encode_vae(self, clip: np.ndarray, resolution: str) -> Tensor:
-        """Normalised latent, float32 [t, h, w, 48], of a clip uint8 [T, H, W, 3] brought to the preset's size."""
-        pixels = preprocess.vae_pixels(clip, resolution).to(self.device, self.dtype)
-        latent = self.part("vae").encode(pixels, progress=lambda i, n: self._report("encoding", i, n))
-        if not bool(torch.isfinite(latent).all()):
-            raise NumericsError(f"the VAE's encoder gave NaN or infinity{self._blame('vae')}")
-        return normalize_latent(latent.float())[0].permute(1, 2, 3, 0)
-
-    def decode_vae(self, latent: Tensor) -> Tensor:
-        """Frames, float32 [b, T, H, W, 3] in 0..1 on the CPU, of normalised latents [b, t, h, w, 48]; one at a time."""
-        out = []
-        for i, one in enumerate(latent):
-            raw = denormalize_latent(one.permute(3, 0, 1, 2)[None]).to(self.device, self.dtype)
-            done = i * latent.shape[1]
-            pixels = self.part("vae").decode(
-                raw,
-                progress=lambda k, n, done=done: self._report("decoding", done + k * latent.shape[1] // n, latent[..., 0, 0, 0].numel()),
-            )
-            if not bool(torch.isfinite(pixels).all()):
-                raise NumericsError(f"the VAE's decoder gave NaN or infinity{self._blame('vae')}")
-            out.append(((pixels[0].float() + 1) / 2).clamp(0, 1).permute(1, 2, 3, 0).cpu())
-        return torch.stack(out)
-
-    # -- the rest -----------------------------------------------------------------------------------------------
-
-    def _report(self, stage: str, done: int, total: int) -> None:
-        if self.progress is not None:
-            self.progress(stage, done, total)
-
-    def _blame(self, *parts: str) -> str:
-        """Which loaded weight is not finite, for an error message."""
-        for name in parts:
-            bad = name in self._parts and non_finite(self._parts[name])
-            if bad:
-                return f"; the weight {bad} of the {name} part is itself not finite: the checkpoint is damaged, download it again"
-        return ""
+            raise NumericsError(f"{error}{self.blame('und', 'vit')}") from None
 
 
 def _unbatched(callback: Callable[[int, int, Tensor], None] | None) -> Callable[[int, int, Tensor], None] | None:

@@ -14,9 +14,9 @@ FILES = sorted(CORE.glob("*.py"))
 # A module imports only modules above it.
 # fmt: off
 ORDER = [
-    "errors", "config", "ops", "sequence", "rope", "cache", "decoder", "vit", "vae_blocks", "vae_memory", "vae", "model", "sampler",
+    "errors", "config", "ops", "sequence", "rope", "cache", "side", "decoder", "vit", "vae_blocks", "vae_memory", "vae", "model", "sampler",
     "preprocess", "prompts", "media", "request", "weights", "token_loop", "answer", "quantize", "checkpoint", "tiny", "convert", "transfer",
-    "download", "pipeline", "__init__", "info",
+    "download", "parts", "pipeline", "__init__", "info",
     "bench_report", "bench_plot", "bench_growth", "bench_cost", "bench_case", "bench_tools", "bench_baseline", "bench_vae", "bench_measure",
     "bench_suite", "bench", "cli", "__main__",
 ]
