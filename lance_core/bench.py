@@ -46,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeat", type=int, default=5, help="timed runs of each measure, after warm-up; the median counts")
     parser.add_argument("--compile", action="store_true", help="as with the same option of the tasks; the baseline stays as it is")
     parser.add_argument("--overlap", action="store_true", help="likewise")
+    parser.add_argument("--profile", action="store_true", help="also say what ours spends its time on")
     parser.add_argument("--skip", nargs="+", default=[], metavar="WHAT", help=skip)
     parser.add_argument("--output", metavar="FILE", help="write the result as JSON too")
     own = parser.add_argument_group("sizes of your own")
@@ -86,7 +87,7 @@ def run(args: argparse.Namespace, progress: Progress | None = None) -> dict[str,
     if dtype is None:
         raise RequestError(f"dtype is {args.dtype!r}, expected one of {', '.join(DTYPES)}")
     _check(args)
-    fast = (args.compile, args.overlap)
+    options = (args.compile, args.overlap, args.profile)
     if args.overlap:
         Side(device)
     if args.compile:
@@ -94,10 +95,10 @@ def run(args: argparse.Namespace, progress: Progress | None = None) -> dict[str,
     config, others = _config(args.model), Others()
     with torch.inference_mode():
         if args.suite:
-            bench = Bench(config, device, dtype, args.repeat, "baseline" not in args.skip, progress, BUDGET, *fast)
+            bench = Bench(config, device, dtype, args.repeat, "baseline" not in args.skip, progress, BUDGET, *options)
             found = bench_suite.run(bench, args.suite, args.layers, args.skip, args.context, args.patience)
         else:
-            found = _measure(args, Bench(config, device, dtype, args.repeat, args.baseline, progress, None, *fast))
+            found = _measure(args, Bench(config, device, dtype, args.repeat, args.baseline, progress, None, *options))
     layers, measured, cut = found.pop("layers")
     result = {
         "format": FORMAT,

@@ -20,6 +20,7 @@ from . import request
 from .answer import Chooser
 from .bench_baseline import Baseline
 from .bench_case import Case, noise
+from .bench_profile import profile
 from .bench_tools import Meter, Peak, cut_layers, free_memory, materialise, rates, synchronize
 from .bench_vae import BaselineVAE
 from .checkpoint import Progress
@@ -53,7 +54,7 @@ class Engine(Lance):
 
 @dataclass(frozen=True)
 class Bench:
-    """What is measured, on what, and how long. budget: see `Meter`; compile, overlap: see `pipeline.load`."""
+    """What is measured, on what, and how long. budget: see `Meter`; compile, overlap: see `pipeline.load`; profile: ours, too."""
 
     config: LanceConfig
     device: torch.device
@@ -64,6 +65,7 @@ class Bench:
     budget: float | None = None
     compile: bool = False
     overlap: bool = False
+    profile: bool = False
 
     def say(self, what: str, done: int, total: int) -> None:
         """Report progress."""
@@ -149,7 +151,7 @@ class Bench:
             self.say(f"{case.label}: {name}", 0, 1)
             count = 1 if limit(price(llm), speed) > LONG or name.startswith("prefill") else meter.chunk
             timed = meter({key: lambda v=v: setup(v, count) for key, v in versions.items()}, count)
-            out[name] = self._decoder_entry(timed, price, llm, speed)
+            out[name] = self._decoder_entry(timed, price, llm, speed) | self._profiled(lambda: setup(model, 1))
             self.say(f"{case.label}: {name}", 1, 1)
 
         if "prefill" in wanted:
@@ -217,8 +219,13 @@ class Bench:
         entry = timed["ours"] | against(price, timed["ours"]["seconds"], speed)
         if "baseline" in timed:
             entry["baseline"] = _ratio(timed["baseline"], entry)
+        entry |= self._profiled(lambda: calls["ours"])
         self.say(f"{case.label}: {name}", 1, 1)
         return entry
+
+    def _profiled(self, setup: Callable[[], Callable[[], object]]) -> dict[str, Any]:
+        """What of ours the time goes to, if that was asked for."""
+        return {"profile": profile(setup(), self.device)} if self.profile else {}
 
     def _picture_input(self, name: str, case: Case) -> Tensor:
         if name == "vit":

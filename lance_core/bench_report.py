@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from .bench_profile import COUNTED, NAMES, shares
+
 COLUMNS = ("", "time", "fastest", "TFLOP", "of limit", "of matmul", "of copy", "working", "baseline", "ratio", "all layers (extrapolated)")
 SUITE_COLUMNS = (
     "",
@@ -57,6 +59,7 @@ def _cases(result: dict[str, Any]) -> str:
                 f"{d['steps']} steps ({d['guided_steps']} guided), {how}: {seconds_text(d['seconds'])}; "
                 f"limit {seconds_text(d['limit_seconds'])}, {d['share_of_limit']:.0%} of it reached"
             )
+        lines += _profiles([(name, m) for name, m in case["measures"].items() if "profile" in m], table)
     return "\n".join(lines)
 
 
@@ -96,6 +99,7 @@ def _suite(result: dict[str, Any], tabulate: Any, listed: Any) -> str:
     notes = [NOTE] + [_steady(row) for row in measured if row.get("whole")]
     notes += [f"skipped: {row['title']}: {row['skipped']}" for row in rows if row["skipped"]]
     parts.append(listed(notes))
+    parts += _profiles([(row["title"], row) for row in measured if "profile" in row], tabulate)
     if result["growth"]:
         parts.append(_growth(result["growth"], tabulate, listed))
     return "\n\n".join(parts)
@@ -112,6 +116,19 @@ def _row(row: dict[str, Any]) -> list[str]:
     cells.append(f"{seconds_text(whole['seconds'])}, limit {seconds_text(whole['limit_seconds'])}" if whole else "")
     goals = "; ".join(map(_goal, row["goals"]["goals"])) if row["goals"]["compared"] else row["goals"]["why"]
     return [*cells, goals, row["stands_for"] or ""]
+
+
+def _profiles(entries: list[tuple[str, dict[str, Any]]], tabulate: Any) -> list[str]:
+    """A title and a table of what each entry's time goes to, and at what share of the limit's rate that runs which the limit counts."""
+    if not entries:
+        return []
+    rows = [["", *NAMES, "counted work runs at"]]
+    for title, entry in entries:
+        part = shares(entry["profile"])
+        counted = sum(part[kind] for kind in COUNTED)
+        cells = [f"{part[kind]:.1%}" if part[kind] else "" for kind in NAMES]
+        rows.append([title, *cells, f"{entry['share_of_limit'] / counted:.0%} of the limit's rate" if counted else ""])
+    return ["What the time goes to; between: Python and dispatch on a CPU, an idle device elsewhere", tabulate(_used(rows))]
 
 
 def _goal(goal: dict[str, Any]) -> str:

@@ -279,7 +279,7 @@ class _Run:
         measures = bench.decoder_measures(case, model, ["step"], self.speed)
         entry = bench.denoising(case, measures, extrapolated=False) | {"measures": measures}
         del entry["extrapolated"]  # here, what is made of all layers instead
-        entry |= {key: measures["step"][key] for key in ("working_bytes", "peak_bytes")}
+        entry |= {key: measures["step"][key] for key in ("working_bytes", "peak_bytes", "profile") if key in measures["step"]}
         if "baseline" in entry:
             entry["baseline"]["working_bytes"] = measures["step"]["baseline"]["working_bytes"]
         if "extrapolated" in measures["step"]:
@@ -318,7 +318,9 @@ class _Run:
                 skipped.append({"latent_frames": frames, "skipped": hindrance})
                 continue
             case = self.grown(frames)
-            measures = self.bench.decoder_measures(case, model, ["step"], self.speed, extrapolate=False, unguided=False)
+            measures = replace(self.bench, profile=False).decoder_measures(
+                case, model, ["step"], self.speed, extrapolate=False, unguided=False
+            )
             points.append({"latent_frames": frames, "tokens": case.tokens} | measures["step"])
             self._free()
         w, h = self.suite.growth

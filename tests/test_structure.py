@@ -17,7 +17,7 @@ ORDER = [
     "errors", "config", "ops", "sequence", "rope", "cache", "side", "decoder", "vit", "vae_blocks", "vae_memory", "vae", "model", "sampler",
     "preprocess", "prompts", "media", "request", "weights", "token_loop", "answer", "quantize", "checkpoint", "tiny", "convert", "transfer",
     "download", "parts", "pipeline", "__init__", "info",
-    "bench_report", "bench_plot", "bench_growth", "bench_cost", "bench_case", "bench_tools", "bench_baseline", "bench_vae", "bench_measure",
+    "bench_growth", "bench_cost", "bench_case", "bench_tools", "bench_profile", "bench_report", "bench_plot", "bench_baseline", "bench_vae", "bench_measure",
     "bench_suite", "bench", "cli", "__main__",
 ]
 # fmt: on
