@@ -15,7 +15,7 @@ from itertools import count
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import rope
 from .decoder import JOINED, ExpertLayer
@@ -37,16 +37,17 @@ Part = Callable[[Tensor], Tensor]
 
 
 def parts_of(layer: ExpertLayer) -> dict[str, Part]:
-    """What one expert's layer is made of, each projection on its own: rows of a joined weight are views, made once."""
+    """What one expert's layer is made of, each projection on its own and multiplied plainly: rows of a joined weight are views."""
     parts: dict[str, Part] = {}
     for owner in (layer.self_attn, layer.mlp):
         for name, module in owner.named_children():
-            parts[name] = module
-            if name in JOINED:
-                rows = list(module.rows.values())
-                biases = [None] * len(rows) if module.bias is None else module.bias.split(rows)
-                alone = zip(module.rows, module.weight.split(rows), biases, strict=True)
-                parts |= {part: partial(F.linear, weight=weight, bias=bias) for part, weight, bias in alone}
+            if not isinstance(module, nn.Linear):
+                parts[name] = module
+                continue
+            rows = module.rows if name in JOINED else {name: module.out_features}
+            biases = [None] * len(rows) if module.bias is None else module.bias.split(list(rows.values()))
+            alone = zip(rows, module.weight.split(list(rows.values())), biases, strict=True)
+            parts |= {part: partial(F.linear, weight=weight, bias=bias) for part, weight, bias in alone}
     parts["mlp"] = lambda x: parts["down_proj"](F.silu(parts["gate_proj"](x)) * parts["up_proj"](x))
     return parts | {name: getattr(layer, name) for name in ("input_layernorm", "post_attention_layernorm")}
 

@@ -17,6 +17,8 @@ try:
 except ImportError:
     flash_attn_func = None
 
+# Rows of the markers of a guided step and fewer. Measured with MKL: 3.2 times as fast for 2 rows, 1.6 for 4, and from 6 on no more.
+FEW_ROWS = 4 if torch.backends.mkl.is_available() else 0
 NATIVE_GROUPS = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 5)
 
 
@@ -31,7 +33,13 @@ class TorchOps:
     """Plain torch layers: the default `ops`."""
 
     class Linear(_NoInit, nn.Linear):
-        pass
+        """x W^T + b. A few float32 rows on a CPU go through as (W x^T)^T: there the library multiplies them one after the other."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            plain = not x.is_cpu or x.dtype != torch.float32 or torch.compiler.is_compiling()
+            if plain or not 1 < x.numel() // x.shape[-1] <= FEW_ROWS:
+                return super().forward(x)
+            return few_rows(x, self.weight, self.bias)
 
     class Embedding(_NoInit, nn.Embedding):
         pass
@@ -44,6 +52,12 @@ class TorchOps:
 
     class RMSNorm(_NoInit, nn.RMSNorm):
         """Root-mean-square norm over the last axis; torch reduces it in float32 whatever the weights' dtype."""
+
+
+def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear of x [..., in], as weight [out, in] times x's rows as columns."""
+    rows = (weight @ x.reshape(-1, x.shape[-1]).t()).t().contiguous()
+    return (rows if bias is None else rows + bias).view(*x.shape[:-1], -1)
 
 
 Attention = Callable[[Tensor, Tensor, Tensor, bool], Tensor]

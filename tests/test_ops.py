@@ -52,3 +52,24 @@ def test_flash_attention_is_used_on_cuda_half(monkeypatch):
     half = q.to(torch.bfloat16).as_subclass(OnCuda)
     ops.attention(half, half, half, True)
     assert calls == [True]
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="few rows take the plain way without MKL")
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1, 5), (2, 5), (1, 2, 5), (2, 2, 5), (4, 1, 5), (5, 5), (3, 2, 5), (0, 5)], ids=str)
+def test_few_rows_are_multiplied_as_columns(monkeypatch, shape, bias):
+    g = torch.Generator().manual_seed(0)
+    layer = ops.TorchOps.Linear(5, 7, bias=bias)
+    for parameter in layer.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=g)
+    x, calls = torch.randn(shape, generator=g), []
+    monkeypatch.setattr(ops, "few_rows", lambda *args, few=ops.few_rows: (calls.append(1), few(*args))[1])
+    out = layer(x)
+    torch.testing.assert_close(out, torch.nn.functional.linear(x, layer.weight, layer.bias))
+    assert out.is_contiguous() and bool(calls) == (2 <= x.numel() // 5 <= ops.FEW_ROWS == 4)
+    calls.clear()
+    layer.bfloat16()(x.bfloat16())
+    assert not calls  # the half-precision library has no such weakness
+    if x.numel():
+        layer.float()(x.requires_grad_()).sum().backward()
+        torch.testing.assert_close(x.grad, layer.weight.sum(0).expand(shape).detach())
