@@ -88,7 +88,7 @@ class Bench:
         held = shared + sum(rests) + case.tokens  # keys and values of every layer
         rows, block = case.batch * (1 + case.guidance), max(case.tokens, shared + max(rests))
         wide, stream = 3 * llm.intermediate_size * size, 8 * llm.hidden_size * size  # of a token, in the feed-forward and around it
-        work = rows * (block * stream + min(block, PIECE) * wide)
+        work = rows * block * stream + min(rows * block, PIECE) * wide
         if self.baseline:
             held += sum(shared + rest for rest in rests)
             work = max(work, block * (2 * stream + wide))  # one row at a time, and all of its tokens

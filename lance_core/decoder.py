@@ -65,10 +65,14 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [b, n, hidden] -> the same shape."""
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1) if "gate_up_proj" in self._modules else (self.gate_proj(x), self.up_proj(x))
-        if gate.requires_grad:
-            return self.down_proj(F.silu(gate) * up)
-        return self.down_proj(F.silu(gate, inplace=True).mul_(up))
+        # Two axes: compiled, halves of wide rows that have a batch axis are multiplied result by result, each with a copy of the weight.
+        rows = x.flatten(0, -2)
+        if "gate_up_proj" in self._modules:
+            gate, up = self.gate_up_proj(rows).chunk(2, dim=-1)
+        else:
+            gate, up = self.gate_proj(rows), self.up_proj(rows)
+        gate = F.silu(gate) * up if gate.requires_grad else F.silu(gate, inplace=True).mul_(up)
+        return self.down_proj(gate).view(x.shape)
 
 
 class ExpertLayer(nn.Module):
@@ -98,14 +102,15 @@ class ExpertLayer(nn.Module):
         return x, self.post_attention_layernorm(x)
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
-        """Residual stream after attention and feed-forward. Without autograd, x is overwritten; long sequences then go through in
+        """Residual stream after attention and feed-forward. Without autograd, x is overwritten; many tokens then go through in
         pieces, so that the wide intermediates of a video never exist at once."""
         x, normed = self.attended(x, attended)
         if torch.is_grad_enabled():
             return x + self.mlp(normed)
-        for start in range(0, x.shape[1], PIECE):
+        rows, tokens = x.view(-1, x.shape[-1]), normed.view(-1, x.shape[-1])
+        for start in range(0, len(rows), PIECE):
             one = slice(start, start + PIECE)
-            x[:, one].add_(self.mlp(normed[:, one]))
+            rows[one].add_(self.mlp(tokens[one]))
         return x
 
 

@@ -140,10 +140,10 @@ class LanceModel(comfy.model_base.BaseModel):
     def memory_required(self, input_shape: list[int], cond_shapes: dict[str, Any] | None = None, **kwargs: Any) -> float:
         """Bytes one forward of input_shape [b, 48, t, h, w] needs beyond the weights: keys, values and activations.
 
-        A row's activations are widest either around attention (residual, projections, and for at most PIECE
-        tokens at once q rotated in float32) or in the
-        feed-forward (residual, its input and output, and for at most PIECE tokens at once its two wide tensors). Reading the
-        context may be longer than a step. Per layer and token of every request's context and target: one key and value.
+        Activations are widest either around attention (residual, projections, and for at most PIECE tokens of each row at once q
+        rotated in float32) or in the feed-forward (residual, its input and output, and for at most PIECE tokens at once its two
+        wide tensors). Reading the context may be longer than a step. Per layer and token of every request's context and target:
+        one key and value.
         """
         llm, size = self.llm, self.compute_dtype.itemsize
         rows, tokens = input_shape[0], math.prod(input_shape[2:]) + 2
@@ -157,8 +157,8 @@ class LanceModel(comfy.model_base.BaseModel):
         rotating = 8 * queries
 
         def activations(rows: int, tokens: int) -> int:
-            feeding = tokens * 4 * llm.hidden_size * size + min(tokens, PIECE) * 2 * llm.intermediate_size * size
-            return rows * max(tokens * attending + min(tokens, PIECE) * rotating, feeding)
+            feeding = rows * tokens * 4 * llm.hidden_size * size + min(rows * tokens, PIECE) * 2 * llm.intermediate_size * size
+            return max(rows * (tokens * attending + min(tokens, PIECE) * rotating), feeding)
 
         widest = max(activations(rows, tokens), activations(1, max(contexts.values(), default=0)))
         return float(kv + widest + tokens * llm.hidden_size * size)

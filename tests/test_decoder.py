@@ -13,6 +13,7 @@ from lance_core import RequestError, rope
 from lance_core.checkpoint import Checkpoint, named_weights
 from lance_core.convert import convert
 from lance_core.decoder import JOINED, MLP, PIECE, ExpertLayer, SelfAttention, check_compiler, homes, join
+from lance_core.model import Branch, Plan
 from lance_core.sequence import Kind, Role, Segment, Sequence
 from lance_core.tiny import LLM
 from lance_core.token_loop import TokenLoop
@@ -117,6 +118,27 @@ def test_compiled_layers_give_what_plain_ones_give_and_are_compiled_once(golden,
     answers = [lance.understand("What?", image=photo, resolution="image_256res", max_new_tokens=4).token_ids for lance in (plain, fast)]
     assert answers[0] == answers[1]
     assert graphs[0] > 0 and graphs[-1] <= graphs[0] + 3, f"compiled anew for other sizes: {graphs}"
+
+
+@pytest.mark.parametrize("compile", [False, True], ids=["plain", "compiled"])
+@torch.inference_mode()
+def test_no_weight_is_copied_for_a_batch(golden, request, compile):
+    """What torch does to multiply rows it cannot join; a guided step became seven times as slow by it."""
+    if compile:
+        request.getfixturevalue("compiler")
+    model = lance_core.load(golden / "checkpoint" / "Lance_3B", dtype=torch.float32, compile=compile).experts()
+    text, target = (Segment(Kind.TEXT, Role.CAPTION, ids=tuple(range(5, 25))), Segment(Kind.TARGET, Role.TARGET, grid=(1, 4, 6)))
+    sequence = Sequence((text,), target, 0, 1, 2)
+    prepared = model.prefill(sequence, Plan.of(sequence, 2.0, guided=True))
+    rows, x, t = [Branch(prepared, 0), Branch(prepared, 1)], torch.randn(2, 1, 4, 6, 48), torch.full((2, 1), 0.5)
+    model.velocity(rows, x, t)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as recorded:
+        model.velocity(rows, x, t)
+    names = [event.name for event in recorded.events()]
+    assert names.count("aten::mm") + names.count("aten::addmm") >= 2 * LLM.num_layers * 4
+    widest = LLM.hidden_size * LLM.intermediate_size
+    copied = [event.input_shapes[0] for event in recorded.events() if event.name == "aten::copy_" and event.input_shapes]
+    assert copied and not [shape for shape in copied if torch.Size(shape).numel() >= widest] and "aten::bmm" not in names
 
 
 def test_nothing_to_compile_with_is_told_before_loading(golden, monkeypatch):

@@ -33,8 +33,8 @@ const MAX_FRAMES = 121;
 const FPS = 12;
 
 // Bytes in bfloat16 with the released weights, as LanceModel.memory_required (nodes/model.py) counts them: the weights of
-// both experts; per token its key and value in every layer and its input; per token and row what is widest, attention or the
-// feed-forward; their widest tensors exist for PIECE tokens at once.
+// both experts; per token its key and value in every layer and its input; and what is widest, attention, whose float32 queries
+// exist for PIECE tokens of each row at once, or the feed-forward, whose widest tensors exist for PIECE tokens at once.
 const WEIGHTS = 12.35e9;
 const PER_TOKEN = 2 * 2 * 128 * 36 * 2 + 2048 * 2;
 const ATTENDING = (2 * (2048 + (16 + 2 * 2) * 128 + 16 * 128) + 16 * 128) * 2;
@@ -188,9 +188,10 @@ function addInfo(node) {
 }
 
 function gigabytes(tokens, batch) {
-  const piece = Math.min(tokens, PIECE);
-  const widest = Math.max(tokens * ATTENDING + piece * ROTATING, tokens * FEEDING + piece * PER_PIECE_TOKEN);
-  const bytes = WEIGHTS + tokens * PER_TOKEN + GUIDANCE * batch * widest;
+  const rows = GUIDANCE * batch;
+  const attending = rows * (tokens * ATTENDING + Math.min(tokens, PIECE) * ROTATING);
+  const feeding = rows * tokens * FEEDING + Math.min(rows * tokens, PIECE) * PER_PIECE_TOKEN;
+  const bytes = WEIGHTS + tokens * PER_TOKEN + Math.max(attending, feeding);
   return (bytes / 1e9).toFixed(0);
 }
 
