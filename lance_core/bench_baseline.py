@@ -190,8 +190,8 @@ class Baseline:
         q = each("q_proj", normed).unflatten(-1, (-1, width))
         k = each("k_proj", normed).unflatten(-1, (-1, width))
         v = each("v_proj", normed).unflatten(-1, (-1, width))
-        q = _rotated(each("q_norm", q)[None], cos, sin)
-        k = _rotated(each("k_norm", k)[None], cos, sin)[0]
+        q = rotated(each("q_norm", q), cos, sin)[None]
+        k = rotated(each("k_norm", k), cos, sin)
         keys, values = self._merged(side.cache[index], k, v)
         if keep:
             side.cache[index] = (keys, values)
@@ -221,9 +221,3 @@ class Baseline:
     def _others(where: Tensor, length: int) -> Tensor:
         """Places the generation expert does not have: a visual block's markers, at both ends."""
         return torch.tensor([0, length - 1], device=where.device)
-
-
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    out = torch.empty_like(x)
-    rope.rotate_into(out, x, cos, sin)
-    return out

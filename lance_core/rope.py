@@ -15,6 +15,7 @@ from .sequence import Kind, Role, Segment, Sequence
 SEEN_OFFSET = 1000  # where the time axis of ViT tokens starts
 SUBJECT_OFFSET = 2000  # where the time axis of subject latents starts
 PIECE = 8192  # tokens rotated at once
+CPU_PIECE = 512  # the same on a CPU, whose caches should hold their float32 copies; measured
 
 
 def _lay_out(segments: tuple[Segment, ...], tokens_per_second: float) -> list[Tensor]:
@@ -80,9 +81,9 @@ def rotate_into(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> None:
     if torch.compiler.is_compiling():
         out.copy_(torch.cat(_halves(x, cos, sin), dim=-1))
         return
-    half = x.shape[-1] // 2
-    for begin in range(0, x.shape[1], PIECE):
-        one = slice(begin, begin + PIECE)
+    half, piece = x.shape[-1] // 2, CPU_PIECE if x.is_cpu else PIECE
+    for begin in range(0, x.shape[1], piece):
+        one = slice(begin, begin + piece)
         out[:, one, :, :half], out[:, one, :, half:] = _halves(x[:, one], cos[:, one], sin[:, one])
 
 

@@ -12,7 +12,7 @@ import lance_core
 from lance_core import RequestError, rope
 from lance_core.checkpoint import Checkpoint, named_weights
 from lance_core.convert import convert
-from lance_core.decoder import JOINED, MLP, PIECE, ExpertLayer, SelfAttention, check_compiler, homes, join
+from lance_core.decoder import CPU_PIECE, JOINED, MLP, ExpertLayer, SelfAttention, check_compiler, homes, join
 from lance_core.model import Branch, Plan
 from lance_core.sequence import Kind, Role, Segment, Sequence
 from lance_core.tiny import LLM
@@ -43,8 +43,8 @@ def test_joined_projections_give_what_they_give_apart(dtype, tolerance, tokens):
 
 def test_a_long_sequence_goes_through_in_pieces_and_comes_out_the_same():
     layer, generator = join(filled(ExpertLayer(LLM))), torch.Generator().manual_seed(1)
-    x = torch.randn(1, PIECE + 3, LLM.hidden_size, generator=generator)
-    heads = torch.randn(1, PIECE + 3, LLM.num_heads, LLM.head_dim, generator=generator)
+    x = torch.randn(2, CPU_PIECE + 3, LLM.hidden_size, generator=generator)
+    heads = torch.randn(2, CPU_PIECE + 3, LLM.num_heads, LLM.head_dim, generator=generator)
     with torch.no_grad():
         whole, normed = layer.attended(x.clone(), heads)
         whole = whole + layer.mlp(normed)
@@ -53,8 +53,8 @@ def test_a_long_sequence_goes_through_in_pieces_and_comes_out_the_same():
 
 def test_heads_are_rotated_alike_in_pieces_and_whole():
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(1, rope.PIECE + 3, 2, 8, generator=generator)
-    angles = torch.randn(1, rope.PIECE + 3, 4, generator=generator).repeat(1, 1, 2)
+    x = torch.randn(1, rope.CPU_PIECE + 3, 2, 8, generator=generator)
+    angles = torch.randn(1, rope.CPU_PIECE + 3, 4, generator=generator).repeat(1, 1, 2)
     cos, sin = angles.cos(), angles.sin()
     turned = torch.cat([-x[..., 4:], x[..., :4]], dim=-1)
     out = torch.empty_like(x)
