@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
 import lance_core
 from lance_core import RequestError, rope
@@ -185,6 +189,50 @@ def test_a_loop_goes_on_as_one_pass_over_everything_would(golden):
     loop = TokenLoop(model, context, position)
     for i, token in enumerate(said):
         torch.testing.assert_close(loop(token), read((*ids, *said[: i + 1]), 0)[1], rtol=1e-4, atol=1e-5)
+
+
+class Recording(TorchDispatchMode):
+    """A stand-in for a CUDA graph: runs the operations again that it has seen, on the same tensors, with nothing of Python's between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        places = {t.untyped_storage().data_ptr() for t in tree_flatten((args, kwargs))[0] if isinstance(t, torch.Tensor)}
+        new = [t for t in tree_flatten(out)[0] if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in places]
+        self.seen.append((func, args, kwargs or {}, new))
+        return out
+
+    def replay(self) -> None:
+        for func, args, kwargs, new in self.seen:
+            found = [t for t in tree_flatten(func(*args, **kwargs))[0] if isinstance(t, torch.Tensor)]
+            for place, value in zip(new, found if new else (), strict=True):
+                place.copy_(value)
+
+
+@torch.inference_mode()
+def test_a_step_can_be_recorded_and_run_again(golden, monkeypatch):
+    """Nothing that changes from step to step may be a number of Python's, or stand in a tensor that only this step has."""
+    model = lance_core.load(golden / "checkpoint" / "Lance_3B", dtype=torch.float32).experts(generation=False)
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name in ("device", "stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, lambda x: x if isinstance(x, Recording) else nullcontext())
+    for name, made in (("Stream", stream), ("current_stream", stream)):
+        monkeypatch.setattr(torch.cuda, name, lambda made=made: made)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Recording)
+    sequence = Sequence((Segment(Kind.TEXT, Role.CAPTION, ids=tuple(range(5, 25))),), None, 0, 1, 2)
+    loops = []
+    for fixed in (False, True):
+        context, _, position = model.read(sequence, 2.0, 8)
+        loops.append(TokenLoop(model, context, position, fixed))
+    assert loops[1].recorded is None  # on a CPU
+    loops[1].recorded = loops[1]._record()
+    monkeypatch.setattr(loops[1], "_fixed", lambda: pytest.fail("not replayed"))
+    for token in (3, 9, 4, 4, 250, 17, 8, 1):
+        one, other = (loop(token).clone() for loop in loops)
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: recording a graph was not tested")
