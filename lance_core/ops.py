@@ -33,13 +33,10 @@ class TorchOps:
     """Plain torch layers: the default `ops`."""
 
     class Linear(_NoInit, nn.Linear):
-        """x W^T + b. A few float32 rows on a CPU go through as (W x^T)^T: there the library multiplies them one after the other."""
+        """x W^T + b."""
 
         def forward(self, x: Tensor) -> Tensor:
-            plain = not x.is_cpu or x.dtype != torch.float32 or torch.compiler.is_compiling()
-            if plain or not 1 < x.numel() // x.shape[-1] <= FEW_ROWS:
-                return super().forward(x)
-            return few_rows(x, self.weight, self.bias)
+            return few_rows(x, self.weight, self.bias) if are_few(x) else super().forward(x)
 
     class Embedding(_NoInit, nn.Embedding):
         pass
@@ -52,6 +49,11 @@ class TorchOps:
 
     class RMSNorm(_NoInit, nn.RMSNorm):
         """Root-mean-square norm over the last axis; torch reduces it in float32 whatever the weights' dtype."""
+
+
+def are_few(x: Tensor) -> bool:
+    """Whether `few_rows` is the faster way: for a few rows of float32 on a CPU, which the library else multiplies one after the other."""
+    return x.is_cpu and x.dtype == torch.float32 and not torch.compiler.is_compiling() and 1 < x.numel() // x.shape[-1] <= FEW_ROWS
 
 
 def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -19,7 +19,7 @@ from comfy.ldm.modules.attention import optimized_attention
 from comfy_api.input_impl import VideoFromFile
 from torch import Tensor, nn
 
-from ..lance_core.ops import fold_groups, unfold_groups
+from ..lance_core.ops import are_few, few_rows, fold_groups, unfold_groups
 from ..lance_core.quantize import Format
 
 try:
@@ -137,6 +137,14 @@ def _operations(picked: type, compute: torch.dtype) -> type:
         def forward(self, ids: Tensor, **kwargs: Any) -> Tensor:
             return super().forward(ids, out_dtype=compute, **kwargs)
 
+    class Linear(picked.Linear):
+        """lance_core's way with few rows, where nothing is cast or patched on the way."""
+
+        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if are_few(x) and not (self.comfy_cast_weights or self.weight_function or self.bias_function):
+                return few_rows(x, self.weight, self.bias)
+            return super().forward(x, *args, **kwargs)
+
     class Conv3d(picked.Conv3d):
         """Looks at the user's interrupt, as `attention` does: a picture is one single step of the VAE."""
 
@@ -145,7 +153,7 @@ def _operations(picked: type, compute: torch.dtype) -> type:
                 mm.throw_exception_if_processing_interrupted()
             return super().forward(*args, **kwargs)
 
-    return type(picked.__name__, (picked,), {"Embedding": Embedding, "Conv3d": Conv3d})
+    return type(picked.__name__, (picked,), {"Embedding": Embedding, "Linear": Linear, "Conv3d": Conv3d})
 
 
 def planned(linear: nn.Module) -> tuple[torch.dtype, bool]:

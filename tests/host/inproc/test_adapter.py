@@ -272,3 +272,30 @@ def test_old_names_still_do(comfy, good, monkeypatch):
         monkeypatch.delattr(server, "send_progress_text")
     assert comfy.value(question(), "answer") == good[1]
     assert (GOLDEN / "checkpoint" / CHECKPOINT).is_dir()
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="few rows take the plain way without MKL")
+def test_few_rows_go_the_cores_way_unless_weights_change_on_the_way(comfy, monkeypatch):
+    host, calls = module(comfy, "nodes.host"), []
+    monkeypatch.setattr(host, "few_rows", lambda *args, few=host.few_rows: (calls.append(1), few(*args))[1])
+    g = torch.Generator().manual_seed(0)
+    weight, bias = torch.randn(7, 5, generator=g).bfloat16(), torch.randn(7, generator=g).bfloat16()
+
+    def layer(stored):
+        linear = host.operations(stored, torch.float32).Linear(5, 7, dtype=stored)
+        linear.weight.data, linear.bias.data = weight.to(stored), bias.to(stored)
+        return linear
+
+    plain, casting = layer(torch.float32), layer(torch.bfloat16)
+    with torch.no_grad():
+        for rows in (2, 4, 9):
+            x = torch.randn(rows, 5, generator=g)
+            expected = torch.nn.functional.linear(x, weight.float(), bias.float())
+            calls.clear()
+            torch.testing.assert_close(plain(x), expected)
+            assert len(calls) == (rows < 9)
+            torch.testing.assert_close(casting(x), expected)
+            assert len(calls) == (rows < 9)
+        plain.weight_function = [lambda weight: 2 * weight]
+        torch.testing.assert_close(plain(x[:2]), 2 * expected[:2] - bias.float())
+        assert not calls
