@@ -139,12 +139,36 @@ def test_wrong_requests_exit_with_2_and_write_nothing(capsys, args, says):
 def test_compile_reaches_the_model(capsys, monkeypatch):
     compiled = []
     monkeypatch.setattr("lance_core.pipeline.check_compiler", lambda device: None)
-    monkeypatch.setattr("lance_core.pipeline.compile_layers", compiled.append)
+    monkeypatch.setattr("lance_core.parts.compile_layers", compiled.append)
     args = ("t2i", "x", "-o", "compiled.png", "--width", "64", "--height", "64", "--steps", "1")
     assert run(*args, capsys=capsys)[0] == 0
     assert not compiled
     assert run(*args, "--compile", capsys=capsys)[0] == 0
     assert sorted(type(part).__name__ for part in compiled) == ["Generation", "Understanding"]
+
+
+def test_overlap_reaches_the_model(capsys, monkeypatch):
+    class Inline:
+        """`Side` without a second line."""
+
+        def __init__(self, device):
+            made.append(device.type)
+
+        def start(self, work):
+            made.append("start")
+            self.work = work
+
+        def result(self):
+            return self.work()
+
+    made = []
+    monkeypatch.setattr("lance_core.pipeline.Side", Inline)
+    args = ("t2i", "x", "--width", "64", "--height", "64", "--steps", "1")
+    assert run(*args, "-o", "plain.png", capsys=capsys)[0] == 0
+    assert not made
+    assert run(*args, "-o", "beside.png", "--overlap", capsys=capsys)[0] == 0
+    assert made[0] == "cpu" and "start" in made
+    assert np.array_equal(*(np.asarray(Image.open(name)) for name in ("plain.png", "beside.png")))
 
 
 def test_json_carries_errors(capsys):
