@@ -37,6 +37,7 @@ def test_the_pinned_frame_stays(comfy, sampler):
 
 @pytest.mark.parametrize("share", [0.5, 0.0])
 def test_partial_load_changes_nothing(comfy, monkeypatch, share):
+    monkeypatch.setattr(module(comfy, "lance_core.ops"), "FEW_ROWS", 0)  # a CPU's way with weights that lie still; it rounds another way
     graph = lance(edit())
     graph["decoded"] = node("LanceVAEDecode", samples=["sampler", 0], vae=["loader", 2])
     want = [("sampler", 0), ("decoded", 0)]
