@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -147,3 +148,15 @@ def test_no_file_knows_where_it_was_written():
     for path in [*FILES, *Path(__file__).parent.glob("*.py")]:
         text = path.read_text(encoding="utf-8")
         assert not [word for word in ("/work" + "/", "/tmp" + "/", "/home" + "/", "/root" + "/") if word in text], path.name
+
+
+def test_a_guest_requires_nothing_that_comfyui_brings():
+    """Both lists of what is installed with the pack name the same, without versions; the rest is for lance_core on its own."""
+    text = (CORE.parent / "pyproject.toml").read_text(encoding="utf-8")
+    needed, alone = (
+        re.findall(r'"([^"]*)"', re.search(rf"^{name} = \[(.*?)\]", text, re.DOTALL | re.MULTILINE)[1])
+        for name in ("dependencies", "standalone")
+    )
+    assert needed == (CORE.parent / "requirements.txt").read_text(encoding="utf-8").split()
+    assert all(name.replace("_", "").isalnum() for name in (*needed, *alone)) and not {"torch", "numpy", "pillow"} & set(needed)
+    assert {"torch", "numpy", "pillow"} == set(alone)
