@@ -87,9 +87,7 @@ def run(args: argparse.Namespace, progress: Progress | None = None) -> dict[str,
     if dtype is None:
         raise RequestError(f"dtype is {args.dtype!r}, expected one of {', '.join(DTYPES)}")
     _check(args)
-    options = (args.compile, args.overlap, args.profile)
-    if args.overlap:
-        Side(device)
+    options = (args.compile, Side(device) if args.overlap else None, args.profile)
     if args.compile:
         check_compiler(device)
     config, others = _config(args.model), Others()

@@ -54,7 +54,7 @@ class Engine(Lance):
 
 @dataclass(frozen=True)
 class Bench:
-    """What is measured, on what, and how long. budget: see `Meter`; compile, overlap: see `pipeline.load`; profile: ours, too."""
+    """What is measured, on what, and how long. budget: see `Meter`; compile: see `pipeline.load`; side: see `decoder.run_layers`; profile: ours, too."""
 
     config: LanceConfig
     device: torch.device
@@ -64,7 +64,7 @@ class Bench:
     progress: Progress | None = None
     budget: float | None = None
     compile: bool = False
-    overlap: bool = False
+    side: Side | None = None
     profile: bool = False
 
     def say(self, what: str, done: int, total: int) -> None:
@@ -122,7 +122,7 @@ class Bench:
             expert = materialise(join(kind(llm, device="meta")), self.device, self.dtype)
             experts[i] = compile_layers(expert) if self.compile else expert
         self.say("making random weights", 2, 2)
-        return DualExpert(llm, *experts, dtype=self.dtype, device=self.device, side=Side(self.device) if self.overlap else None)
+        return DualExpert(llm, *experts, dtype=self.dtype, device=self.device, side=self.side)
 
     def tower(self, part: str) -> nn.Module:
         """The "vit" or the "vae" with random weights."""
