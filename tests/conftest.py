@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lance_core
-from lance_core import prompts, request
+from lance_core import bench_suite, bench_tools, prompts, request
 from lance_core.cache import Context
 from lance_core.config import VAEConfig, vit_config
 from lance_core.model import DualExpert
@@ -251,6 +251,20 @@ def checkpoint_copy(tmp_path) -> Path:
         shutil.copytree(GOLDEN / "checkpoint" / name, root / name)
     shutil.copy(GOLDEN / "checkpoint" / "Wan2.2_VAE.pth", root)
     return root / "Lance_3B"
+
+
+@pytest.fixture
+def small_rates(monkeypatch):
+    """The benchmark's rates, measured on what takes no time."""
+    monkeypatch.setitem(bench_tools.MATMUL_SIDE, "cpu", 64)
+    monkeypatch.setitem(bench_tools.COPY_BYTES, "cpu", 1 << 16)
+
+
+@pytest.fixture
+def smaller(monkeypatch):
+    """The benchmark's small suite at sizes that take no time."""
+    rows = bench_suite._rows((32, 32), (32, 32), (32, 48, 5), (32, 32), (32, 32, 5))
+    monkeypatch.setitem(bench_suite.SUITES, "small", bench_suite.Suite(rows, (32, 32), (1, 2, 3, 5), 2))
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from benching import CHECKPOINT, options, tiny
 from torch.utils.flop_counter import FlopCounterMode
 
 from lance_core import bench, bench_measure, bench_tools
@@ -30,28 +30,12 @@ from lance_core.token_loop import TokenLoop
 from lance_core.vae import WanVAE
 from lance_core.vit import VisionTower
 
-CHECKPOINT = Path(__file__).parent / "golden" / "checkpoint" / "Lance_3B_Video"
+pytestmark = pytest.mark.usefixtures("small_rates")
 LLM = LLMConfig(48, 80, 3, 6, 2, 8, 64, 1e4, (1, 1, 2), 1e-6)
 VIT = ViTConfig(3, 32, 48, 2, 48, fullatt_block_indexes=(1,))
 VAE = VAEConfig((8, 16, 16), (8, 16, 16), 1, 1, (False, True))
 CONFIG = LanceConfig(LLM, VIT, VAE, "video")
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def small_rates(monkeypatch):
-    monkeypatch.setitem(bench_tools.MATMUL_SIDE, "cpu", 64)
-    monkeypatch.setitem(bench_tools.COPY_BYTES, "cpu", 1 << 16)
-
-
-def options(*words: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    bench.add_arguments(parser)
-    return parser.parse_args(words)
-
-
-def tiny(*words: str) -> argparse.Namespace:
-    return options("--model", str(CHECKPOINT), "--device", "cpu", "--size", "64x48", "--repeat", "1", "--context", "7", *words)
 
 
 def plain_attention(q, k, v, causal=False):

@@ -8,11 +8,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from test_bench_suite import ROWS, small_rates, smaller, suite  # noqa: F401
+from benching import suite
+from test_bench_suite import ROWS
 
 from lance_core import bench
 from lance_core.bench_profile import BETWEEN, COUNTED, NAMES, REST, kind_of, profile, shares, summary
 
+pytestmark = pytest.mark.usefixtures("small_rates")
 CPU = torch.device("cpu")
 NONE, CUDA = torch.autograd.DeviceType.CPU, torch.autograd.DeviceType.CUDA
 
@@ -83,7 +85,7 @@ def test_a_call_is_taken_apart():
     assert found["operations"][0][2] == max(took for _, _, took, _ in found["operations"]) and len(found["operations"]) <= 12
 
 
-def test_the_suite_says_what_its_time_goes_to(smaller):  # noqa: F811
+def test_the_suite_says_what_its_time_goes_to(smaller):
     result = bench.run(suite("small", "--profile", "--skip", "baseline", "growth", "t2i_batch4", "t2v", "decode_video", "encode_video"))
     for row in result["rows"]:
         part = shares(row["profile"])

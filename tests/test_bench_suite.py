@@ -2,43 +2,23 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
+from benching import CHECKPOINT, suite
 
-from lance_core import bench, bench_plot, bench_suite, bench_tools
+from lance_core import bench, bench_plot, bench_suite
 from lance_core.bench_case import case_of
 from lance_core.bench_growth import fit, steadiness
 from lance_core.bench_measure import Bench
 from lance_core.checkpoint import Checkpoint
 from lance_core.errors import RequestError
 
-CHECKPOINT = Path(__file__).parent / "golden" / "checkpoint" / "Lance_3B_Video"
+pytestmark = pytest.mark.usefixtures("small_rates")
 CONFIG = Checkpoint(CHECKPOINT).config
 ROWS = ("t2i", "t2i_batch4", "t2v", "prefill_edit", "token", "decode_image", "encode_image", "decode_video", "encode_video")
-
-
-@pytest.fixture(autouse=True)
-def small_rates(monkeypatch):
-    monkeypatch.setitem(bench_tools.MATMUL_SIDE, "cpu", 64)
-    monkeypatch.setitem(bench_tools.COPY_BYTES, "cpu", 1 << 16)
-
-
-def suite(*words: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    bench.add_arguments(parser)
-    return parser.parse_args(["--model", str(CHECKPOINT), "--device", "cpu", "--repeat", "1", "--context", "7", "--suite", *words])
-
-
-@pytest.fixture
-def smaller(monkeypatch):
-    """Both suites at sizes that take no time."""
-    rows = bench_suite._rows((32, 32), (32, 32), (32, 48, 5), (32, 32), (32, 32, 5))
-    monkeypatch.setitem(bench_suite.SUITES, "small", bench_suite.Suite(rows, (32, 32), (1, 2, 3, 5), 2))
 
 
 @pytest.fixture
