@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -43,21 +44,24 @@ CONFIG_KEYS, TOKENIZER_KEYS = ("llm_config", "llm_config.json", "config", "confi
 Progress = Callable[[str, int, int], None]  # what is going on, done, total
 
 
-@dataclass
+@dataclass(frozen=True)
 class Part:
-    """Where one part's tensors are: names in the module -> (file, name in the file)."""
+    """Where one part's tensors are: names in the module -> (file, name in the file).
 
-    tensors: dict[str, tuple[WeightFile, str]] = field(default_factory=dict)
+    What is known of all tensors together is worked out once: loops over a thousand of them ask for it.
+    """
 
-    @property
+    tensors: Mapping[str, tuple[WeightFile, str]] = field(default_factory=dict)
+
+    @cached_property
     def shapes(self) -> Shapes:
         return {name: file.shapes[key] for name, (file, key) in self.tensors.items()}
 
-    @property
+    @cached_property
     def dtypes(self) -> dict[str, torch.dtype]:
         return {name: file.dtypes[key] for name, (file, key) in self.tensors.items()}
 
-    @property
+    @cached_property
     def formats(self) -> dict[str, Format]:
         """Quantised layers, by module name."""
         return formats_of(self.dtypes)
@@ -134,7 +138,7 @@ class Checkpoint:
 
     def __init__(self, path: str | os.PathLike, vit: str | os.PathLike | None = None, vae: str | os.PathLike | None = None) -> None:
         self.path = Path(path)
-        self.parts = {name: Part() for name in PARTS}
+        self.parts: dict[str, Part] = {}
         told: dict[str, Any] = {}
         if self.path.is_file():
             file = self._open_single_file()
@@ -190,15 +194,16 @@ class Checkpoint:
         raise CheckpointError(f"{self.path} is not a Lance checkpoint: it has no {' or '.join(MODEL_FILES)}.{hint}")
 
     def _sort_tensors(self, file: WeightFile) -> list[str]:
+        """Fill the parts with the model file's tensors; returns the names that belong to none."""
+        found: dict[str, dict[str, tuple[WeightFile, str]]] = {name: {} for name in PARTS}
         unexpected = []
         for key in file.shapes:
             where = part_of(key)
-            if where:
-                self.parts[where[0]].tensors[where[1]] = (file, key)
-            elif key not in IGNORED:
-                unexpected.append(key)
-        for part in self.parts.values():
-            part.tensors = {n: t for n, t in part.tensors.items() if n.rpartition(".")[2] not in IGNORED_SUFFIXES}
+            if where is None:
+                unexpected += [] if key in IGNORED else [key]
+            elif where[1].rpartition(".")[2] not in IGNORED_SUFFIXES:
+                found[where[0]][where[1]] = (file, key)
+        self.parts = {name: Part(tensors) for name, tensors in found.items()}
         return unexpected
 
     def _find_vit(self, given: str | os.PathLike | None, raw: dict) -> dict | None:

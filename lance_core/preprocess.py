@@ -92,13 +92,19 @@ def vit_size(width: int, height: int, preset: str, multiple: int = MERGED_PATCH)
 
 
 def crop_box(width: int, height: int, bucket_w: int, bucket_h: int) -> tuple[int, int, int, int]:
-    """(left, top, width, height) of the largest centred window of the bucket's ratio; at least one pixel each way.
+    """(left, top, width, height) of the centred window, of the bucket's ratio, that the released code cuts out of a picture.
+
+    A window of the picture's area and the bucket's ratio, each side rounded, if it fits into the picture: so small pictures of
+    nearly that ratio stay whole. Else the largest window of the ratio; at least one pixel each way.
 
     Raises:
         MediaError: the picture has no pixels.
     """
     _require_pixels(width, height)
     ratio = bucket_w / bucket_h
+    w, h = round(math.sqrt(width * height * ratio)), round(math.sqrt(width * height / ratio))
+    if 1 <= w <= width and 1 <= h <= height:
+        return (width - w) // 2, (height - h) // 2, w, h
     w, h = width, height
     if width / height < ratio:
         h = min(max(round(width / ratio), 1), height)

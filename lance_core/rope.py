@@ -1,6 +1,7 @@
 """Three-axis rotary positions with modality offsets, and the cos/sin tables made from them once per pass.
 
 Positions are int64 [3, n] (time, row, column) in a segment's storage order: markers first.
+Frequencies are rounded to bfloat16, at every compute dtype: these are the ones the weights were trained with.
 Source: Qwen2.5-VL's mrope (arXiv 2502.13923, section 2.1.2) and the released Lance inference code's offsets.
 """
 
@@ -59,13 +60,25 @@ def unconditional_positions(sequence: Sequence, tokens_per_second: float) -> lis
     return [*kept[:-1], positions(sequence.without_caption(), tokens_per_second)[-1]]
 
 
+def trained_frequencies(theta: float, width: int) -> Tensor:
+    """Rope frequencies as the weights know them: float32 [width / 2], each rounded to bfloat16.
+
+    The released code keeps 1 / theta^(2i/d) in a module buffer, which FSDP rounds in training (`buffer_dtype=bfloat16`) and
+    `model.to(bfloat16)` at inference. At the released sizes the exact ones differ by up to 0.37 %, which at the time offset of
+    1000 is 1.15 rad: exact frequencies are wrong frequencies. The order of operations is the released one, as it decides what
+    is rounded.
+    """
+    exact = 1.0 / theta ** (torch.arange(0, width, 2, dtype=torch.float32) / width)
+    return exact.bfloat16().float()
+
+
 def tables(position: Tensor, config: LLMConfig, device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:
     """cos and sin, each float32 [n, head_dim], of positions [3, n].
 
-    The head's frequencies are split among the three axes by `mrope_section` and repeated for both halves.
+    The head's frequencies are split among the three axes by `mrope_section` and repeated for both halves. Angles, cos and sin
+    are float32; only the frequencies are rounded (`trained_frequencies`).
     """
-    half = config.head_dim // 2
-    frequencies = 1.0 / config.rope_theta ** (torch.arange(0, half * 2, 2, dtype=torch.float32) / config.head_dim)
+    frequencies = trained_frequencies(config.rope_theta, config.head_dim)
     axis = torch.repeat_interleave(torch.arange(3), torch.tensor(config.mrope_section))
     angles = position.float()[axis].T * frequencies
     angles = torch.cat([angles, angles], dim=-1)

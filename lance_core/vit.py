@@ -19,7 +19,7 @@ from .config import ViTConfig
 from .errors import CheckpointError, MediaError
 from .ops import Attention, TorchOps
 from .ops import attention as torch_attention
-from .rope import rotate_into
+from .rope import rotate_into, trained_frequencies
 
 RMS_EPS = 1e-6
 ROPE_THETA = 10_000.0
@@ -80,10 +80,14 @@ def window_classes(rows: int, cols: int, side: int, unit: int) -> tuple[list[int
 
 
 def rope_angles(rows: Tensor, cols: Tensor, head_dim: int) -> Tensor:
-    """Angles [n, head_dim] of patches at integer (row, col): a quarter of the width each, then both again."""
-    quarter = head_dim // 4
-    frequencies = ROPE_THETA ** (-torch.arange(quarter, dtype=torch.float32) / quarter)
-    half = torch.cat([rows[:, None] * frequencies, cols[:, None] * frequencies], dim=1)
+    """Angles, float32 [n, head_dim], of patches at integer (row, col): a quarter of the width each, then both again.
+
+    Places, frequencies and their products are all rounded to bfloat16, as in the released model, whose ViT works on a bfloat16
+    buffer of frequencies; see `rope.trained_frequencies`.
+    """
+    frequencies = trained_frequencies(ROPE_THETA, head_dim // 2)
+    places = torch.stack([rows, cols], dim=1).bfloat16().float()
+    half = (places[..., None] * frequencies).flatten(1).bfloat16().float()
     return torch.cat([half, half], dim=1)
 
 

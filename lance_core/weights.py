@@ -15,6 +15,7 @@ import shutil
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -105,12 +106,14 @@ class SafetensorsFile:
             what = "truncated" if at > size else "longer than its header says"
             raise CheckpointError(f"{self.path} is {what}: {size} bytes, its header describes {at}; download it again.")
 
-    @property
+    @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes by name; made once, as it is asked for in loops over all tensors."""
         return {name: entry.shape for name, entry in self.entries.items()}
 
-    @property
+    @cached_property
     def dtypes(self) -> dict[str, torch.dtype]:
+        """As `shapes`."""
         return {name: entry.dtype for name, entry in self.entries.items()}
 
     def offset(self, name: str) -> int:
@@ -183,11 +186,11 @@ class TorchFile:
             raise CheckpointError(f"{path} is not a plain state dict of tensors; download it again.")
         self._state: dict[str, Tensor] = state
 
-    @property
+    @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(t.shape) for name, t in self._state.items()}
 
-    @property
+    @cached_property
     def dtypes(self) -> dict[str, torch.dtype]:
         return {name: t.dtype for name, t in self._state.items()}
 

@@ -214,7 +214,7 @@ def report(results: list[dict[str, Any]]) -> str:
         ratio = one["seconds"] / one["read_seconds"]
         numbers = [f"{one[key] / 1e9:.2f}" for key in ("read", "result", "largest", "peak")]
         verdict = (f"{grown / 1e9:.2f}{' (over)' if grown > bound else ''}", f"{bound / 1e9:.2f}")
-        times = [f"{one[key]:.1f}" for key in ("seconds", "read_seconds", "buffer_seconds")]
+        times = [f"{one['opening_seconds']:.2f}", *(f"{one[key]:.1f}" for key in ("seconds", "read_seconds", "buffer_seconds"))]
         times.append(f"{ratio:.2f}{' (over)' if ratio > RATIO else ''}")
         rows.append([one["case"], *numbers, *verdict, *times])
     head = [
@@ -225,6 +225,7 @@ def report(results: list[dict[str, Any]]) -> str:
         "peak RSS GB",
         "of it loading GB",
         "bound GB",
+        "of it opening s",
         "load s",
         "read s",
         "into one buffer s",

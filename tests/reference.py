@@ -71,7 +71,9 @@ def coordinate_table(grid: tuple[int, int, int], hidden: int) -> Tensor:
     """[t * h * w, hidden]."""
     third = hidden // 3 // 2 * 2
     rows = []
-    for cell in torch.cartesian_prod(*(torch.arange(n) for n in grid)).reshape(-1, 3).tolist():
+    for t, h, w in torch.cartesian_prod(*(torch.arange(n) for n in grid)).reshape(-1, 3).tolist():
+        index = 64 * 64 * t + 64 * h + w  # of the trained table, whose rows have 64 cells: a wider row runs on into the next
+        cell = index // 4096, index // 64 % 64, index % 64
         row = []
         for at, width in zip(cell, (third, third, hidden - 2 * third), strict=True):
             angles = torch.tensor([at / 10000 ** (i / (width / 2)) for i in range(width // 2)], dtype=torch.float64)
@@ -113,7 +115,10 @@ class Model:
 
     def rope(self, position: Tensor, width: int) -> tuple[Tensor, Tensor]:
         axis = [a for a, count in enumerate(self.config["rope_scaling"]["mrope_section"]) for _ in range(count)]
-        angles = torch.stack([position[:, a] * self.config["rope_theta"] ** (-2 * i / width) for i, a in enumerate(axis)], dim=1)
+        theta = torch.tensor(self.config["rope_theta"], dtype=torch.float32)
+        exact = [1 / theta ** torch.tensor(2 * i / width, dtype=torch.float32) for i in range(len(axis))]
+        rounded = torch.stack(exact).to(torch.bfloat16).float()  # as the weights were trained
+        angles = torch.stack([position[:, a].float() * rounded[i] for i, a in enumerate(axis)], dim=1)
         angles = torch.cat([angles, angles], dim=1).float()
         return angles.cos()[:, None], angles.sin()[:, None]
 

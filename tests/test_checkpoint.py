@@ -6,6 +6,7 @@ import json
 import pickle
 import shutil
 import struct
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import lance_core
-from lance_core import CheckpointError
+from lance_core import CheckpointError, convert, info
 from lance_core.checkpoint import Checkpoint, named_weights
+from lance_core.decoder import homes, join
 from lance_core.weights import SafetensorsFile, TorchFile, open_weights
 
 LAYER = "language_model.model.layers.1."
@@ -462,3 +464,67 @@ def test_parts_load_when_first_needed_and_only_once(checkpoint_copy):
     assert lance.part("gen") is lance.part("gen")
     total = len(list(lance.part("gen").parameters()))
     assert seen == [("loading gen", i + 1, total) for i in range(total)]
+
+
+# -- opening costs what reading the names costs -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def released_layout(tmp_path_factory):
+    """released_layout(name) -> a checkpoint with the released names, shapes and dtypes and no contents (a sparse file)."""
+    sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+    import measure_loading
+
+    base = tmp_path_factory.mktemp("released")
+    cases = {case.name: case for case in measure_loading.CASES}
+    known: dict[str, Path] = {}
+
+    def write(name: str) -> Path:
+        if name not in known:
+            known[name] = measure_loading.write_case(base / name, cases[name], measure_loading.RELEASED)
+        return known[name]
+
+    return write
+
+
+def steps_of(function) -> int:
+    """Lines of lance_core that a call runs, a comprehension's line once for each of its items: work, not time."""
+    count = 0
+
+    def trace(frame, event, argument):
+        nonlocal count
+        if "lance_core" not in frame.f_code.co_filename:
+            return None
+        count += event == "line"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        function()
+    finally:
+        sys.settrace(before)
+    return count
+
+
+@pytest.mark.parametrize(("name", "tensors"), [("image", 1021), ("video", 1411), ("fp8", 2131), ("int4", 2131)])
+def test_opening_takes_a_few_steps_a_tensor(released_layout, name, tensors):
+    """It was one pass over all tensors for each tensor: 21 seconds at the released size."""
+    path = released_layout(name)
+    model = path if path.is_file() else path / "model.safetensors"
+    count = len(SafetensorsFile(model).entries)
+    if path.is_dir():
+        assert count == tensors
+    parts = sum(len(part.tensors) for part in Checkpoint(path).parts.values())
+    assert steps_of(lambda: info.describe(path)) < 120 * max(parts, count)
+
+
+def test_planning_a_conversion_takes_a_few_steps_a_tensor(released_layout):
+    checkpoint = Checkpoint(released_layout("video"))
+    for part in ("und", "gen"):
+        count = len(checkpoint.parts[part].tensors)
+        for dtype in ("bf16", "int4"):
+            assert steps_of(lambda: convert._plan_part(checkpoint, part, dtype)) < 120 * count  # noqa: B023
+        assert steps_of(lambda: list(homes(join(checkpoint.build(part))))) < 120 * count  # noqa: B023
+        quantised = Checkpoint(released_layout("int4"))
+        assert steps_of(lambda: quantised.build(part)) < 120 * len(quantised.parts[part].tensors)  # noqa: B023

@@ -13,10 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from conftest import ANSWERED, DRAWN, GOLDEN, MANIFEST, request_of
 from PIL import Image
+from safetensors.torch import load_file
 
 from lance_core import media
 from lance_core.__main__ import Bars, main
+from lance_core.request import TASKS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -243,3 +247,66 @@ def test_bars_open_per_stage(monkeypatch):
     assert [(m["desc"], m["total"]) for m in made] == [("a", 2), ("b", 2), ("a", 2)]
     Bars(False)("a", 1, 2)
     assert len(made) == 3
+
+
+# -- the golden requests, as a user would type them -------------------------------------------------------------------
+
+
+def golden_command(name: str) -> list[str]:
+    """The command line that asks for a golden case."""
+    case = MANIFEST[name]
+    task, text, options = request_of(case)
+    source = options.pop(TASKS[task].takes, []) if TASKS[task].takes else []
+    files = source if isinstance(source, list) else [source]
+    args = [task, text, *files, "-m", str(GOLDEN / "checkpoint" / case["checkpoint"])]
+    if task == "subject_video":
+        options["resolution"] = case["resolution"]
+    for key, value in options.items():
+        if value is None or (TASKS[task].sized_by_input and key in ("width", "height")):
+            continue
+        if key == "num_frames":
+            if TASKS[task].takes == "video":
+                continue
+            key = "frames"
+        values = value if isinstance(value, list) else [value]
+        args += ["--" + key.replace("_", "-"), *map(str, values)]
+    return args
+
+
+@pytest.mark.parametrize("name", [n for n in DRAWN if not TASKS[request_of(MANIFEST[n])[0]].is_video and n != "t2i_21x9"])
+def test_golden_pictures(capsys, name):
+    code, result = run(*golden_command(name), "-o", "golden.png", capsys=capsys)
+    assert code == 0, result
+    wanted = load_file(GOLDEN / "cases" / f"{name}.safetensors")["pixels"].float()[:, 0].permute(1, 2, 0)
+    got = torch.from_numpy(np.array(Image.open("golden.png"))).float()
+    assert (got - (wanted + 1) * 127.5).abs().max() <= 0.5 + 1e-3 * 127.5  # the file's 8 bits, and the bound of golden cases
+
+
+@pytest.mark.parametrize("name", ["t2i_21x9", *(n for n in DRAWN if TASKS[request_of(MANIFEST[n])[0]].is_video)])
+def test_golden_videos(capsys, name):
+    """What is written is lossy or was not recorded, so what reaches the file is compared before it is written."""
+    written = {}
+
+    def note(path, frames, *rest):
+        written[path] = frames if isinstance(frames, torch.Tensor) else torch.stack(list(frames))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(media, "save_video", note)
+        patch.setattr(media, "save_image", note)
+        code, result = run(*golden_command(name), "-o", "golden.png" if name == "t2i_21x9" else "golden.mp4", capsys=capsys)
+    assert code == 0, result
+    (frames,) = written.values()
+    tensors = load_file(GOLDEN / "cases" / f"{name}.safetensors")
+    t, h, w = tensors["latent"].shape[:3]
+    assert frames.shape[-3:] == (16 * h, 16 * w, 3)
+    if "pixels" in tensors:
+        assert len(frames) == 4 * t - 3
+        assert (frames[[0, -1]].permute(3, 0, 1, 2) * 2 - 1 - tensors["pixels"].float()).abs().max() <= 1e-3
+
+
+@pytest.mark.parametrize("name", ANSWERED)
+def test_golden_answers(capsys, name):
+    case = MANIFEST[name]
+    code, result = run(*golden_command(name), "--max-new-tokens", str(case["max_length"]), capsys=capsys)
+    assert code == 0, result
+    assert result["text"] == case["answer"].removesuffix("<|im_end|>")

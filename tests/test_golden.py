@@ -13,10 +13,14 @@ def test_latent(drawn):
 
 
 def test_pixels(drawn):
-    frames, expected = drawn.result.frames, drawn.tensors["pixels"].float()
+    frames = drawn.result.frames
     t, h, w = drawn.result.latent.shape[:3]
     assert frames.shape == (4 * t - 3, 16 * h, 16 * w, 3) and frames.dtype == torch.float32
     assert frames.min() >= 0 and frames.max() <= 1 and drawn.result.fps == 12
+    if drawn.name in ("t2i_21x9", "video_crop"):  # recorded for their tokens; the VAE shows in the others
+        assert "pixels" not in drawn.tensors
+        return
+    expected = drawn.tensors["pixels"].float()
     shown = frames[[0, -1]] if t > 1 else frames  # of a video, the first and the last frame were recorded
     assert (shown.permute(3, 0, 1, 2) * 2 - 1 - expected).abs().max() <= 1e-3
 

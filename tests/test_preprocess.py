@@ -87,11 +87,32 @@ def test_frame_indices_refuse(total, fps):
 def test_crop_is_inside_and_of_the_ratio(width, height, preset):
     w, h = pre.vae_size(width, height, preset)
     left, top, cw, ch = pre.crop_box(width, height, w, h)
+    area = round((width * height * w / h) ** 0.5), round((width * height * h / w) ** 0.5)
+    if area[0] <= width and area[1] <= height and min(area) > 0:  # the released window, where it fits
+        assert (cw, ch) == area
+        assert (left, top) == ((width - cw) // 2, (height - ch) // 2)
+        return
     assert left >= 0 and top >= 0 and cw >= 1 and ch >= 1
     assert left + cw <= width and top + ch <= height
     assert cw == width or ch == height  # the largest such window
     assert abs((width - cw - left) - left) <= 1 and abs((height - ch - top) - top) <= 1
     assert abs(cw - ch * w / h) <= max(1, w / h) * 0.5 + 1e-6 or min(cw, ch) == 1
+
+
+@pytest.mark.parametrize(
+    ("size", "preset", "window"),
+    [
+        ((854, 480), "image_768res", (854, 480)),
+        ((426, 240), "video_360p", (426, 240)),
+        ((80, 60), "video_360p", (80, 60)),
+        ((1920, 1080), "video_480p", None),
+    ],
+)
+def test_a_picture_nearly_of_the_ratio_stays_whole(size, preset, window):
+    """The released window has the picture's area: common sizes are not cut by the pixel that rounding leaves over."""
+    left, top, w, h = pre.crop_box(*size, *pre.bucket(*size, pre.sides(preset)[0]))
+    assert window is None or ((w, h) == window and (left, top) == (0, 0))
+    assert w <= size[0] and h <= size[1]
 
 
 @pytest.mark.parametrize("case", GRID_CASES)
@@ -106,7 +127,7 @@ def test_golden_patches(case):
 
 
 def test_golden_cases_are_there():
-    assert len(GRID_CASES) == 9
+    assert len(GRID_CASES) == 10
 
 
 @pytest.mark.parametrize(("width", "height"), [(1, 1), (20_000, 1), (1, 20_000), (2, 3), (255, 16), (37, 501)])

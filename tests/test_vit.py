@@ -66,8 +66,8 @@ def naive(tower: VisionTower, patches: torch.Tensor, grids) -> torch.Tensor:
         return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
 
     head = config.hidden_size // config.num_heads
-    frequencies = torch.tensor([10000.0 ** (-4 * i / head) for i in range(head // 4)], dtype=torch.float64)
-    half = torch.cat([at[:, 2:3] * frequencies, at[:, 3:4] * frequencies], 1)
+    frequencies = torch.tensor([1 / 10000.0 ** (4 * i / head) for i in range(head // 4)]).bfloat16()
+    half = torch.cat([at[:, 2:3].bfloat16() * frequencies, at[:, 3:4].bfloat16() * frequencies], 1).double()  # as trained
 
     def rope(x):  # [n, heads, head] as complex numbers
         turned = torch.complex(*x.chunk(2, -1)) * torch.polar(torch.ones_like(half), half)[:, None]
@@ -112,7 +112,8 @@ def test_golden_embeddings(case, golden_tower):
     (name,) = [m for m in MANIFEST[case]["request"]["interleave_array"] if isinstance(m, str)]
     frames = read_clip(CASES / name)[0] if name.endswith(".mp4") else load_image(CASES / name)[None]
     patches, grid = pre.vit_patches(frames, MANIFEST[case]["resolution"], golden_tower.config)
-    assert_near(golden_tower(patches, [grid]), golden["vit_embeds"], 5e-5)
+    # Not the 5e-5 of everything else: with unrounded products of places and frequencies the tower would pass that.
+    assert_near(golden_tower(patches, [grid]), golden["vit_embeds"], 1e-5)
 
 
 def test_golden_cases_are_there():
