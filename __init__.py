@@ -1,4 +1,6 @@
-"""ComfyUI-Lance: ByteDance's Lance as native ComfyUI nodes. ComfyUI imports this file; `lance_core` works without it."""
+"""ComfyUI-Lance: ByteDance's Lance as native ComfyUI nodes. ComfyUI imports this file; `lance_core` works
+without it.
+"""
 
 import sys
 
@@ -12,7 +14,47 @@ if "folder_paths" in sys.modules:  # inside ComfyUI, and not a test runner or a 
             _why = f"it needs ComfyUI 0.3.60 or newer, this one has no {_error.name}: update ComfyUI"
         else:
             _why = (
-                f"the Python package {_error.name!r} is missing: run `pip install -r requirements.txt` in its folder with ComfyUI's Python"
+                f"the Python package {_error.name!r} is missing: run `pip install -r requirements.txt` "
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                ""
+                "in its folder with ComfyUI's Python"
             )
         raise ImportError(f"ComfyUI-Lance was not loaded: {_why}.") from None
 

@@ -18,13 +18,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from . import bench, convert, download, info, media, tiny
-from .answer import Piece
+from .bench import run as bench_run
+from .checkpoint import convert, describe, tiny
 from .errors import LanceError, RequestError
+from .hub import download
+from .inputs import media
+from .inputs.preprocess import PRESETS
+from .inputs.tasks import SIZES, TASKS, Task
+from .model.sampler import RENORMS
 from .pipeline import Generated, Lance, load
-from .preprocess import PRESETS
-from .request import SIZES, TASKS, Task
-from .sampler import RENORMS
+from .text_generation import Piece
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MEDIA_HELP = {"image": "picture", "video": "clip", "references": "one or more pictures of the subjects"}
@@ -65,7 +68,9 @@ class Bars:
 
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    top = argparse.ArgumentParser(prog="python -m lance_core", description="Lance: understand, generate and edit images and video.")
+    top = argparse.ArgumentParser(
+        prog="python -m lance_core", description="Lance: understand, generate and edit images and video."
+    )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument(
@@ -75,31 +80,50 @@ def parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="checkpoint folder; default: models/lance/Lance_3B, or Lance_3B_Video for video",
     )
-    common.add_argument("--vit", metavar="FILE", help="vision tower, if it is not inside or beside the checkpoint")
+    common.add_argument(
+        "--vit", metavar="FILE", help="vision tower, if it is not inside or beside the checkpoint"
+    )
     common.add_argument("--vae", metavar="FILE", help="VAE, if it is not beside the checkpoint")
-    common.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    common.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s"
+    )
     common.add_argument("--dtype", choices=DTYPES, default="bf16", help="default: %(default)s")
-    common.add_argument("--compile", action="store_true", help="fuse small steps with torch.compile: takes minutes once")
-    common.add_argument("--overlap", action="store_true", help="run the understanding expert's few tokens beside the rest; CUDA only")
+    common.add_argument(
+        "--compile", action="store_true", help="fuse small steps with torch.compile: takes minutes once"
+    )
+    common.add_argument(
+        "--overlap",
+        action="store_true",
+        help="run the understanding expert's few tokens beside the rest; CUDA only",
+    )
     common.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     common.add_argument("-q", "--quiet", action="store_true", help="no progress bars")
     for task in TASKS.values():
         sub = commands.add_parser(
-            task.name, parents=[common], help=TASK_HELP[task.name], description=TASK_HELP[task.name].capitalize() + "."
+            task.name,
+            parents=[common],
+            help=TASK_HELP[task.name],
+            description=TASK_HELP[task.name].capitalize() + ".",
         )
         sub.add_argument("prompt", help="the question" if task.output == "text" else "what to make or change")
         if task.takes:
-            sub.add_argument(task.takes, nargs="+" if task.takes == "references" else None, help=MEDIA_HELP[task.takes])
+            sub.add_argument(
+                task.takes, nargs="+" if task.takes == "references" else None, help=MEDIA_HELP[task.takes]
+            )
         sub.add_argument("--system-prompt", help="instead of the instruction the weights were trained with")
         sub.add_argument("--resolution", choices=PRESETS, help=f"default: {task.default_resolution}")
         (_add_text_options if task.output == "text" else _add_generation_options)(sub, task)
-    about = commands.add_parser("info", parents=[common], help="what a checkpoint is, its sizes, what it needs")
+    about = commands.add_parser(
+        "info", parents=[common], help="what a checkpoint is, its sizes, what it needs"
+    )
     about.add_argument("path", metavar="PATH")
     small = commands.add_parser("tiny", help="write a small random checkpoint in the released layout")
     small.add_argument("folder", metavar="DIR")
     small.add_argument("--seed", type=int, default=0)
     small.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    fetch = commands.add_parser("download", help="fetch a released checkpoint; without a name, list what there is")
+    fetch = commands.add_parser(
+        "download", help="fetch a released checkpoint; without a name, list what there is"
+    )
     download.add_arguments(fetch)
     fetch.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     fetch.add_argument("-q", "--quiet", action="store_true", help="no progress bars")
@@ -110,25 +134,31 @@ def parser() -> argparse.ArgumentParser:
         "--dtype",
         choices=convert.DTYPES,
         default="bf16",
-        help="what both experts are kept in; below 16 bits only their middle layers' matrices are, the rest is bf16; default: %(default)s",
+        help="what both experts are kept in; below 16 bits only their middle layers' matrices are, the rest "
+        "is bf16; default: %(default)s",
     )
     shrink.add_argument(
         "--understanding",
         choices=convert.DTYPES,
-        help="another one for the understanding expert; int4 and nvfp4 are for files that only answer questions",
+        help="another one for the understanding expert; int4 and nvfp4 are for files that only answer "
+        "questions",
     )
     shrink.add_argument(
         "--generation",
         choices=convert.DTYPES,
         help="another one for the generation expert; below 16 bits pictures are reported to lose detail",
     )
-    shrink.add_argument("--no-vae", action="store_true", help="leave the VAE out; it is then looked for beside the file")
-    shrink.add_argument("--vit", metavar="FILE", help="vision tower, if it is not inside or beside the checkpoint")
+    shrink.add_argument(
+        "--no-vae", action="store_true", help="leave the VAE out; it is then looked for beside the file"
+    )
+    shrink.add_argument(
+        "--vit", metavar="FILE", help="vision tower, if it is not inside or beside the checkpoint"
+    )
     shrink.add_argument("--vae", metavar="FILE", help="VAE, if it is not beside the checkpoint")
     shrink.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     shrink.add_argument("-q", "--quiet", action="store_true", help="no progress bars")
     speed = commands.add_parser("bench", help="measure speed and memory on this machine")
-    bench.add_arguments(speed)
+    bench_run.add_arguments(speed)
     speed.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     speed.add_argument("-q", "--quiet", action="store_true", help="no progress bars")
     return top
@@ -136,29 +166,62 @@ def parser() -> argparse.ArgumentParser:
 
 def _add_generation_options(sub: argparse.ArgumentParser, task: Task) -> None:
     video = task.output == "video"
-    sub.add_argument("-o", "--output", metavar="FILE", help="default: %s" % (f"{task.name}.mp4" if video else f"{task.name}.png"))
+    sub.add_argument(
+        "-o",
+        "--output",
+        metavar="FILE",
+        help="default: %s" % (f"{task.name}.mp4" if video else f"{task.name}.png"),
+    )
     if not task.sized_by_input:
         sizes = ", ".join(f"{w}x{h}" for w, h in SIZES["video_480p" if video else "image_768res"].values())
-        sub.add_argument("--width", type=int, help=f"pixels, lowered to a multiple of 16; good sizes: {sizes}")
+        sub.add_argument(
+            "--width", type=int, help=f"pixels, lowered to a multiple of 16; good sizes: {sizes}"
+        )
         sub.add_argument("--height", type=int)
     if video and task.takes != "video":
-        sub.add_argument("--frames", "--num-frames", type=int, help="lowered to 4k+1, at most 121, 12 a second; default: 49")
+        sub.add_argument(
+            "--frames",
+            "--num-frames",
+            type=int,
+            help="lowered to 4k+1, at most 121, 12 a second; default: 49",
+        )
     sub.add_argument("--steps", type=int, default=30, help="default: %(default)s")
     sub.add_argument("--shift", type=float, default=3.5, help="default: %(default)s")
-    sub.add_argument("--cfg", type=float, default=4.0, help="guidance scale, 1 turns it off; default: %(default)s")
-    sub.add_argument("--cfg-interval", type=float, nargs=2, default=(0.4, 1.0), metavar=("LOW", "HIGH"), help="default: 0.4 1.0")
+    sub.add_argument(
+        "--cfg", type=float, default=4.0, help="guidance scale, 1 turns it off; default: %(default)s"
+    )
+    sub.add_argument(
+        "--cfg-interval",
+        type=float,
+        nargs=2,
+        default=(0.4, 1.0),
+        metavar=("LOW", "HIGH"),
+        help="default: 0.4 1.0",
+    )
     sub.add_argument("--renorm", choices=RENORMS, default="global", help="default: %(default)s")
     sub.add_argument("--renorm-min", type=float, default=0.0, help="default: %(default)s")
-    sub.add_argument("--negative-prompt", help="what to stay away from; default: the trained unconditional sequence")
+    sub.add_argument(
+        "--negative-prompt", help="what to stay away from; default: the trained unconditional sequence"
+    )
     sub.add_argument("--seed", type=int, default=42, help="default: %(default)s")
-    sub.add_argument("--batch", type=int, default=1, metavar="N", help="N results with seeds SEED, SEED+1, …; default: 1")
+    sub.add_argument(
+        "--batch", type=int, default=1, metavar="N", help="N results with seeds SEED, SEED+1, …; default: 1"
+    )
     if task.name == "image_edit":
-        sub.add_argument("--then", action="append", default=[], metavar="PROMPT", help="another edit, of the last result; repeatable")
+        sub.add_argument(
+            "--then",
+            action="append",
+            default=[],
+            metavar="PROMPT",
+            help="another edit, of the last result; repeatable",
+        )
 
 
 def _add_text_options(sub: argparse.ArgumentParser, task: Task) -> None:
     sub.add_argument("--max-new-tokens", type=int, default=256, help="default: %(default)s")
-    sub.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token; default: %(default)s")
+    sub.add_argument(
+        "--temperature", type=float, default=0.0, help="0 takes the likeliest token; default: %(default)s"
+    )
     sub.add_argument("--top-p", type=float, default=1.0, help="default: %(default)s")
     sub.add_argument("--seed", type=int, default=0, help="default: %(default)s")
 
@@ -236,7 +299,9 @@ def _generate(args: argparse.Namespace, task: Task, lance: Lance, output: Path, 
     source = {task.takes: getattr(args, task.takes)} if task.takes else {}
     turns = [args.prompt, *getattr(args, "then", [])]
     if len(turns) > 1 and args.batch > 1:
-        raise RequestError(f"--then edits one result further and --batch {args.batch} makes several; use one of them")
+        raise RequestError(
+            f"--then edits one result further and --batch {args.batch} makes several; use one of them"
+        )
     written = []
     for turn, prompt in enumerate(turns, 1):
         result = lance.generate(task.name, prompt, **source, **options)
@@ -247,20 +312,26 @@ def _generate(args: argparse.Namespace, task: Task, lance: Lance, output: Path, 
     return {"task": task.name, "files": written}
 
 
-def _save(result: Generated, path: Path, extra: dict[str, Any], args: argparse.Namespace, bars: Bars) -> list[dict[str, Any]]:
+def _save(
+    result: Generated, path: Path, extra: dict[str, Any], args: argparse.Namespace, bars: Bars
+) -> list[dict[str, Any]]:
     """Write every result of a batch, the request and its own seed inside; returns what was written."""
     frames = result.frames if result.frames.dim() == 5 else result.frames[None]
     written = []
     for i, clip in enumerate(frames):
         one = path if len(frames) == 1 else path.with_stem(f"{path.stem}_{i}")
-        asked = {k: v for k, v in (result.request | extra).items() if v is not None} | {"seed": result.request["seed"] + i}
+        asked = {k: v for k, v in (result.request | extra).items() if v is not None} | {
+            "seed": result.request["seed"] + i
+        }
         if path.suffix.lower() in media.IMAGE_FORMATS:
             media.save_image(one, clip[0], asked)
         else:
             media.save_video(one, _watched(clip, bars), result.fps, asked)
         written.append({"file": str(one), **asked})
         if not args.json:
-            size = f"{asked['width']}x{asked['height']}" + (f", {asked['num_frames']} frames" if asked["num_frames"] > 1 else "")
+            size = f"{asked['width']}x{asked['height']}" + (
+                f", {asked['num_frames']} frames" if asked["num_frames"] > 1 else ""
+            )
             print(f"{one}  ({size}, seed {asked['seed']})")
     return written
 
@@ -278,7 +349,10 @@ def _dispatch(args: argparse.Namespace, bars: Bars) -> dict[str, Any]:
     if args.command == "tiny":
         folder = tiny.write(args.folder, seed=args.seed)
         if not args.json:
-            print(f"{folder}: Lance_3B, Lance_3B_Video, Qwen2.5-VL-ViT and Wan2.2_VAE.pth, with random weights (they draw noise)")
+            print(
+                f"{folder}: Lance_3B, Lance_3B_Video, Qwen2.5-VL-ViT and Wan2.2_VAE.pth, with random "
+                "weights (they draw noise)"
+            )
         return {"folder": str(folder)}
     if args.command == "convert":
         result = convert.convert(
@@ -301,13 +375,13 @@ def _dispatch(args: argparse.Namespace, bars: Bars) -> dict[str, Any]:
             print(download.report(result))
         return result
     if args.command == "bench":
-        result = bench.run(args, bars)
+        result = bench_run.run(args, bars)
         if not args.json:
-            print(bench.report(result))
+            print(bench_run.report(result))
         return result
-    result = info.describe(args.path, vit=args.vit, vae=args.vae)
+    result = describe.describe(args.path, vit=args.vit, vae=args.vae)
     if not args.json:
-        print(info.report(result))
+        print(describe.report(result))
     return result
 
 

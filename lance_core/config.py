@@ -1,7 +1,7 @@
 """What a checkpoint is: dataclasses read from its config files and checked against its weight shapes.
 
-Nothing about a particular checkpoint is hard-coded; the released sizes stand in `RELEASED` only so that benchmarks and
-`tiny` have something to start from.
+Nothing about a particular checkpoint is hard-coded; the released sizes stand in `RELEASED` only so that
+benchmarks and `tiny` have something to start from.
 """
 
 from __future__ import annotations
@@ -23,7 +23,47 @@ OUTPUT_FPS = 12
 MAX_FRAMES = 121
 MAX_LATENT_SIDE = 64
 CELL = 16  # pixels a side of one latent token
+FRAMES_PER_LATENT = 4  # in every latent frame but the first, which holds one
 IMAGE_TABLE_ROWS = MAX_LATENT_SIDE**2  # rows of `latent_pos_embed` in a checkpoint trained on single frames
+
+Grid = tuple[int, int, int]  # (frames, rows, columns) of latent cells
+
+
+@dataclass(frozen=True)
+class SamplingDefaults:
+    """How the released code samples when nothing is said. cfg_interval: guidance applies while low < t <= high."""
+
+    steps: int = 30
+    shift: float = 3.5
+    cfg: float = 4.0
+    cfg_interval: tuple[float, float] = (0.4, 1.0)
+    renorm: str = "global"
+    renorm_min: float = 0.0
+    seed: int = 42
+
+
+RELEASED_SAMPLING = SamplingDefaults()
+
+
+def latent_frames(frames: int) -> int:
+    """Latent frames of so many frames: the first holds one, every other four (Wan2.2's VAE)."""
+    return 1 + (frames - 1) // FRAMES_PER_LATENT
+
+
+def pixel_frames(latents: int) -> int:
+    """Frames that so many latent frames decode to: 4k + 1."""
+    return FRAMES_PER_LATENT * (latents - 1) + 1
+
+
+def latent_grid(width: int, height: int, frames: int = 1) -> Grid:
+    """The latent cells of a picture or video: sides in pixels, rounded down to whole cells of 16."""
+    return latent_frames(frames), height // CELL, width // CELL
+
+
+def pixel_size(grid: Grid) -> tuple[int, int, int]:
+    """(width, height, frames) that a grid of latent cells decodes to."""
+    t, h, w = grid
+    return w * CELL, h * CELL, pixel_frames(t)
 
 
 @dataclass(frozen=True)
@@ -62,7 +102,9 @@ class ViTConfig:
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """Wan2.2's VAE; widths per resolution level, finest first. `temporal[i]`: level i also halves (doubles) time."""
+    """Wan2.2's VAE; widths per resolution level, finest first. `temporal[i]`: level i also halves (doubles)
+    time.
+    """
 
     encoder_widths: tuple[int, ...]
     decoder_widths: tuple[int, ...]
@@ -108,11 +150,15 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist; a Lance checkpoint folder holds one. Download it again.") from None
+        raise CheckpointError(
+            f"{path} does not exist; a Lance checkpoint folder holds one. Download it again."
+        ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON ({error}); download it again.") from None
     if not isinstance(data, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(data).__name__}, expected an object; download it again.")
+        raise CheckpointError(
+            f"{path} holds a JSON {type(data).__name__}, expected an object; download it again."
+        )
     return data
 
 
@@ -129,11 +175,19 @@ def llm_config(raw: Mapping[str, Any], shapes: Shapes, where: str) -> LLMConfig:
     layers = numbered(shapes, "language_model.model.layers.", where)
     scaling = raw.get("rope_scaling") or {}
     section = scaling.get("mrope_section") if isinstance(scaling, Mapping) else None
-    if not (isinstance(section, list) and len(section) == 3 and all(isinstance(s, int) and s >= 0 for s in section)):
-        raise CheckpointError(f"{where}: rope_scaling.mrope_section is {section!r}, expected three non-negative integers [t, h, w].")
+    if not (
+        isinstance(section, list)
+        and len(section) == 3
+        and all(isinstance(s, int) and s >= 0 for s in section)
+    ):
+        raise CheckpointError(
+            f"{where}: rope_scaling.mrope_section is {section!r}, expected three non-negative integers [t, "
+            "h, w]."
+        )
     if sum(section) * 2 != head_dim:
         raise CheckpointError(
-            f"{where}: mrope sections {section} cover {sum(section)} frequencies, heads of width {head_dim} have {head_dim // 2}."
+            f"{where}: mrope sections {section} cover {sum(section)} frequencies, heads of width {head_dim} "
+            f"have {head_dim // 2}."
         )
     config = LLMConfig(
         hidden_size=hidden,
@@ -148,11 +202,17 @@ def llm_config(raw: Mapping[str, Any], shapes: Shapes, where: str) -> LLMConfig:
         rms_eps=number(raw, "rms_norm_eps", where),
     )
     if config.num_heads % config.num_kv_heads:
-        raise CheckpointError(f"{where}: {config.num_heads} query heads cannot share {config.num_kv_heads} key/value heads evenly.")
+        raise CheckpointError(
+            f"{where}: {config.num_heads} query heads cannot share {config.num_kv_heads} key/value heads "
+            "evenly."
+        )
     stated = {"hidden_size": hidden, "intermediate_size": inter, "num_hidden_layers": layers}
     for key, found in stated.items():
         if key in raw and raw[key] != found:
-            raise CheckpointError(f"{where}: {key} is {raw[key]!r} in the configuration, {found} in the weights: they are of two models.")
+            raise CheckpointError(
+                f"{where}: {key} is {raw[key]!r} in the configuration, {found} in the weights: they are of "
+                "two models."
+            )
     return config
 
 
@@ -164,12 +224,19 @@ def vit_config(raw: Mapping[str, Any], where: str) -> ViTConfig:
     """
     full = raw.get("fullatt_block_indexes", [])
     if not (isinstance(full, list) and all(isinstance(i, int) for i in full)):
-        raise CheckpointError(f"{where}: fullatt_block_indexes is {full!r}, expected a list of block numbers.")
-    sizes = {k: positive(raw, k, where) for k in ("depth", "hidden_size", "intermediate_size", "num_heads", "out_hidden_size")}
+        raise CheckpointError(
+            f"{where}: fullatt_block_indexes is {full!r}, expected a list of block numbers."
+        )
+    sizes = {
+        k: positive(raw, k, where)
+        for k in ("depth", "hidden_size", "intermediate_size", "num_heads", "out_hidden_size")
+    }
     optional = ("in_channels", "patch_size", "temporal_patch_size", "spatial_merge_size", "window_size")
     sizes |= {k: positive(raw, k, where) for k in optional if k in raw}
     if sizes["hidden_size"] % sizes["num_heads"]:
-        raise CheckpointError(f"{where}: width {sizes['hidden_size']} does not divide into {sizes['num_heads']} heads.")
+        raise CheckpointError(
+            f"{where}: width {sizes['hidden_size']} does not divide into {sizes['num_heads']} heads."
+        )
     rate = number(raw, "tokens_per_second", where) if "tokens_per_second" in raw else 2
     return ViTConfig(**sizes, fullatt_block_indexes=tuple(full), tokens_per_second=rate)
 
@@ -185,26 +252,47 @@ def vae_config(shapes: Shapes, where: str) -> VAEConfig:
         return len({k.split(".")[2] for k in shapes if k.startswith(f"{side}.{inner}.")})
 
     def blocks(side: str, inner: str) -> int:
-        return len({k.split(".")[4] for k in shapes if k.startswith(f"{side}.{inner}.0.{inner}.") and ".residual." in k})
+        return len(
+            {
+                k.split(".")[4]
+                for k in shapes
+                if k.startswith(f"{side}.{inner}.0.{inner}.") and ".residual." in k
+            }
+        )
 
     down, up = levels("encoder", "downsamples"), levels("decoder", "upsamples")
     if down < 2 or down != up:
-        raise CheckpointError(f"{where} is not a Wan2.2 VAE: {down} encoder and {up} decoder levels found, expected the same, at least 2.")
+        raise CheckpointError(
+            f"{where} is not a Wan2.2 VAE: {down} encoder and {up} decoder levels found, expected the same, "
+            "at least 2."
+        )
     enc_blocks, dec_blocks = blocks("encoder", "downsamples"), blocks("decoder", "upsamples")
     if not enc_blocks or not dec_blocks:
         raise CheckpointError(f"{where} is not a Wan2.2 VAE: no residual blocks in its first level.")
-    enc = tuple(shape(shapes, f"encoder.downsamples.{i}.downsamples.0.residual.2.weight", where, 5)[0] for i in range(down))
-    dec = tuple(shape(shapes, f"decoder.upsamples.{i}.upsamples.0.residual.2.weight", where, 5)[0] for i in reversed(range(up)))
-    temporal = tuple(f"encoder.downsamples.{i}.downsamples.{enc_blocks}.time_conv.weight" in shapes for i in range(down - 1))
+    enc = tuple(
+        shape(shapes, f"encoder.downsamples.{i}.downsamples.0.residual.2.weight", where, 5)[0]
+        for i in range(down)
+    )
+    dec = tuple(
+        shape(shapes, f"decoder.upsamples.{i}.upsamples.0.residual.2.weight", where, 5)[0]
+        for i in reversed(range(up))
+    )
+    temporal = tuple(
+        f"encoder.downsamples.{i}.downsamples.{enc_blocks}.time_conv.weight" in shapes
+        for i in range(down - 1)
+    )
     channels = shape(shapes, "conv2.weight", where, 5)[0]
     patch = math.isqrt(shape(shapes, "encoder.conv1.weight", where, 5)[1] // 3)
     if channels != LATENT_CHANNELS:
-        raise CheckpointError(f"{where}: a VAE of {channels} latent channels; Lance uses Wan2.2's, which has {LATENT_CHANNELS}.")
+        raise CheckpointError(
+            f"{where}: a VAE of {channels} latent channels; Lance uses Wan2.2's, which has {LATENT_CHANNELS}."
+        )
     return VAEConfig(enc, dec, enc_blocks, dec_blocks - 1, temporal, channels, patch)
 
 
 def variant_of(shapes: Shapes, name: str) -> str:
-    """ "image" or "video": the video checkpoint carries its ViT inside and a position table of more than one frame.
+    """ "image" or "video": the video checkpoint carries its ViT inside and a position table of more than one
+    frame.
 
     Some exports drop both; then the name of the folder or file decides.
     """
@@ -237,7 +325,8 @@ def vector(shapes: Shapes, key: str, where: str) -> int:
 
 
 def numbered(shapes: Shapes, prefix: str, where: str) -> int:
-    """How many layers PREFIX0, PREFIX1, … the tensors' names count; a name from a stranger decides no allocation.
+    """How many layers PREFIX0, PREFIX1, … the tensors' names count; a name from a stranger decides no
+    allocation.
 
     Raises:
         CheckpointError: a number is missing.
@@ -245,7 +334,8 @@ def numbered(shapes: Shapes, prefix: str, where: str) -> int:
     found = {k[len(prefix) :].split(".")[0] for k in shapes if k.startswith(prefix)}
     if found != {str(i) for i in range(len(found))}:
         raise CheckpointError(
-            f"{where}: the tensors of {prefix}* are not numbered 0 to {len(found) - 1}: some are missing. Download it again."
+            f"{where}: the tensors of {prefix}* are not numbered 0 to {len(found) - 1}: some are missing. "
+            "Download it again."
         )
     return len(found)
 

@@ -1,6 +1,7 @@
 """Everything that is the caller's or the file's fault, as types a caller can tell apart.
 
-Messages say what came, what was expected and what to do. Bugs of ours are not wrapped: they surface as themselves.
+Messages say what came, what was expected and what to do. Bugs of ours are not wrapped: they surface as
+themselves.
 """
 
 
@@ -9,7 +10,9 @@ class LanceError(Exception):
 
 
 class RequestError(LanceError):
-    """A request that cannot be carried out: unknown task or option, size out of range, too many or too few media."""
+    """A request that cannot be carried out: unknown task or option, size out of range, too many or too few
+    media.
+    """
 
 
 class MediaError(LanceError):

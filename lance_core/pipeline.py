@@ -1,4 +1,6 @@
-"""The public API: requests in, latents, frames and answers out. With parts.py, the only place that moves data between devices."""
+"""The public API: requests in, latents, frames and answers out. With parts.py, the only place that moves data
+between devices.
+"""
 
 from __future__ import annotations
 
@@ -11,19 +13,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import media, prompts, request
-from .answer import Chooser, Piece, write
-from .checkpoint import Checkpoint, Progress
+from .checkpoint.checkpoint import Checkpoint, Progress
+from .components import Parts
 from .config import LATENT_CHANNELS, OUTPUT_FPS
-from .decoder import check_compiler
 from .errors import NumericsError, RequestError
-from .model import Branch, DualExpert, Plan, Prepared
-from .ops import Attention, attention
-from .parts import Parts
-from .request import Task
-from .sampler import Guidance, euler, schedule, seeded_noise
-from .sequence import Kind, Role, Segment, Sequence, merge_text
-from .side import Side
+from .inputs import media, prompts, tasks
+from .inputs.tasks import Task
+from .model.attention import Attention, attention
+from .model.decoder import check_compiler
+from .model.dual_expert import Branch, DualExpert, Plan, Prepared
+from .model.sampler import Guidance, euler, schedule, seeded_noise
+from .model.sequence import Kind, Role, Segment, Sequence, merge_text
+from .model.side_stream import Side
+from .text_generation import Chooser, Piece, write
 
 MAX_BATCH = 64
 MAX_SEED = 2**64 - 1
@@ -33,8 +35,9 @@ MAX_SEED = 2**64 - 1
 class Generated:
     """What `generate` made.
 
-    latent: normalised, float32 [t, h, w, 48]; frames: float32 [T, H, W, 3] in 0..1; a batch in front of both when
-    batch_size > 1. fps: frames per second of a video (1 frame is an image). request: what was asked, JSON-ready.
+    latent: normalised, float32 [t, h, w, 48]; frames: float32 [T, H, W, 3] in 0..1; a batch in front of both
+    when batch_size > 1. fps: frames per second of a video (1 frame is an image). request: what was asked,
+    JSON-ready.
     """
 
     latent: Tensor
@@ -68,13 +71,16 @@ def load(
         path: `.../Lance_3B` or `.../Lance_3B_Video`; the ViT and VAE are found inside or beside it.
         device, dtype: of the weights and the computation.
         vit, vae: files to use instead.
-        compile: fuse the decoder's small steps with torch.compile, and on CUDA write text from a graph; the same up to rounding.
-        overlap: the understanding expert works on a CUDA stream of its own while the generation expert does; the same result.
+        compile: fuse the decoder's small steps with torch.compile, and on CUDA write text from a graph; the
+            same up to rounding.
+        overlap: the understanding expert works on a CUDA stream of its own while the generation expert does;
+            the same result.
         progress: (what, done, total) on everything that takes time.
 
     Raises:
         CheckpointError: missing, damaged, or another model.
-        RequestError: a device or dtype torch does not have, nothing that torch.compile could compile with, or overlap without CUDA.
+        RequestError: a device or dtype torch does not have, nothing that torch.compile could compile with, or
+            overlap without CUDA.
     """
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise RequestError(f"dtype is {dtype}, expected torch.float32, bfloat16 or float16")
@@ -82,7 +88,9 @@ def load(
         device = torch.device(device)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise RequestError(f"device {device!r} cannot be used ({str(error).splitlines()[0]}); 'cpu' always can") from None
+        raise RequestError(
+            f"device {device!r} cannot be used ({str(error).splitlines()[0]}); 'cpu' always can"
+        ) from None
     side = Side(device) if overlap else None
     if compile:
         check_compiler(device)
@@ -95,7 +103,15 @@ class Lance(Parts):
     def experts(self, generation: bool = True, attention: Attention = attention) -> DualExpert:
         """The decoder, with its generation expert or without."""
         gen = self.part("gen") if generation else None
-        return DualExpert(self.config.llm, self.part("und"), gen, attention=attention, dtype=self.dtype, device=self.device, side=self.side)
+        return DualExpert(
+            self.config.llm,
+            self.part("und"),
+            gen,
+            attention=attention,
+            dtype=self.dtype,
+            device=self.device,
+            side=self.side,
+        )
 
     def _counted(self, stage: str, parts: list[list[tuple[Segment, Tensor]]]) -> Attention:
         """Attention that reports how far the passes over `parts` are, a layer at a time."""
@@ -112,7 +128,7 @@ class Lance(Parts):
 
         return counted
 
-    # -- generation ---------------------------------------------------------------------------------------------
+    # -- generation ------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def generate(
@@ -145,35 +161,40 @@ class Lance(Parts):
         Args:
             task: t2i, t2v, i2v, image_edit, video_edit, subject_image or subject_video.
             prompt: the caption or instruction.
-            image, video, references: what the task takes; a path, PIL image, or array/tensor ([H, W, 3]; videos
-                [T, H, W, 3], or (frames, fps); references: a list of images).
-            width, height: pixels, lowered to multiples of 16; ignored where the input decides (i2v and edits).
+            image, video, references: what the task takes; a path, PIL image, or array/tensor ([H, W, 3];
+                videos [T, H, W, 3], or (frames, fps); references: a list of images).
+            width, height: pixels, lowered to multiples of 16; ignored where the input decides (i2v and
+                edits).
             num_frames: lowered to 4k+1, at most 121; ignored by video_edit, where the clip decides.
             resolution: preset that sizes references, sources and, without width and height, the result.
             steps, shift: of the Euler schedule.
             cfg, cfg_interval, renorm, renorm_min: see `sampler.Guidance`.
             seed: any whole number from 0; result i of a batch has seed + i.
-            negative_prompt: takes the caption's place in the unconditional sequence; None or empty removes the caption, as trained.
+            negative_prompt: takes the caption's place in the unconditional sequence; None or empty removes
+                the caption, as trained.
             system_prompt: instead of the one the weights were trained with.
-            noise: starting noise of the target, [t, h, w, 48] (a batch in front if batch_size > 1), instead of the seed's.
+            noise: starting noise of the target, [t, h, w, 48] (a batch in front if batch_size > 1), instead
+                of the seed's.
             callback: (step, total, latent) after each step, step from 1; raise in it to stop.
 
         Raises:
             RequestError, MediaError, CheckpointError, NumericsError.
         """
-        kind = request.task_of(task, text=False)
-        request.check_text("prompt", prompt)
-        request.check_variant(kind, self.config.variant)
-        request.check_media(kind, image, video, references)
-        resolution = request.resolve_resolution(kind, resolution)
+        kind = tasks.task_of(task, text=False)
+        tasks.check_text("prompt", prompt)
+        tasks.check_variant(kind, self.config.variant)
+        tasks.check_media(kind, image, video, references)
+        resolution = tasks.resolve_resolution(kind, resolution)
         times = schedule(steps, shift)
         guidance = Guidance(cfg, tuple(cfg_interval), renorm, renorm_min)
-        batch = request.check_count("batch_size", batch_size, 1, MAX_BATCH)
-        request.check_count("seed", seed, 0, MAX_SEED - batch + 1)
+        batch = tasks.check_count("batch_size", batch_size, 1, MAX_BATCH)
+        tasks.check_count("seed", seed, 0, MAX_SEED - batch + 1)
         if kind.output == "image" and num_frames not in (None, 1):
-            raise RequestError(f"{task} makes one picture and num_frames is {num_frames}; leave it out, or use t2v")
-        frames = 1 if kind.output == "image" else request.resolve_frames(num_frames)
-        size = (0, 0) if kind.sized_by_input else request.resolve_size(kind, width, height, resolution)
+            raise RequestError(
+                f"{task} makes one picture and num_frames is {num_frames}; leave it out, or use t2v"
+            )
+        frames = 1 if kind.output == "image" else tasks.resolve_frames(num_frames)
+        size = (0, 0) if kind.sized_by_input else tasks.resolve_size(kind, width, height, resolution)
 
         sources = self._sources(kind, image, video, references)
         first_frame = None
@@ -187,14 +208,25 @@ class Lance(Parts):
             clean = [s for s in segments if s.kind is Kind.CLEAN]
             source_tokens = sum(s.visual for s in clean)
             w, h = size
-            grid = clean[0].grid if role is Role.SOURCE and clean else (1 + (frames - 1) // 4, h // 16, w // 16)
+            grid = (
+                clean[0].grid if role is Role.SOURCE and clean else (1 + (frames - 1) // 4, h // 16, w // 16)
+            )
 
-        sequence = prompts.generation(self.checkpoint.tokenizer, self._system(kind, system_prompt), segments, prompt, grid)
+        sequence = prompts.generation(
+            self.checkpoint.tokenizer, self._system(kind, system_prompt), segments, prompt, grid
+        )
         prepared = self._prefill(sequence, guidance.active, negative_prompt)
         x = self._noise(noise, batch, grid, source_tokens, seed)
-        latent = self.denoise(prepared, x, times, guidance, first_frame, callback if batch > 1 else _unbatched(callback))
+        latent = self.denoise(
+            prepared, x, times, guidance, first_frame, callback if batch > 1 else _unbatched(callback)
+        )
         pixels = self.decode_vae(latent)
-        asked = {"task": task, "prompt": prompt, "negative_prompt": negative_prompt, "system_prompt": system_prompt} | {
+        asked = {
+            "task": task,
+            "prompt": prompt,
+            "negative_prompt": negative_prompt,
+            "system_prompt": system_prompt,
+        } | {
             "resolution": resolution,
             "width": pixels.shape[3],
             "height": pixels.shape[2],
@@ -213,9 +245,15 @@ class Lance(Parts):
         return Generated(latent, pixels, OUTPUT_FPS, asked)
 
     def _sources(self, task: Task, image: Any, video: Any, references: Any) -> list[np.ndarray]:
-        """The request's media as 8-bit clips [T, H, W, 3], videos already thinned to the frames the model sees."""
+        """The request's media as 8-bit clips [T, H, W, 3], videos already thinned to the frames the model
+        sees.
+        """
         if task.takes == "video":
-            return [media.read_clip(video, progress=lambda done, total: self.report("reading the clip", done, total))[0]]
+            return [
+                media.read_clip(
+                    video, progress=lambda done, total: self.report("reading the clip", done, total)
+                )[0]
+            ]
         if task.takes == "references":
             listed = references if isinstance(references, list | tuple) else [references]
             return [media.load_image(r)[None] for r in listed]
@@ -229,16 +267,22 @@ class Lance(Parts):
     def _prefill(self, sequence: Sequence, guided: bool, negative_prompt: str | None) -> Prepared:
         if negative_prompt is not None and not isinstance(negative_prompt, str):
             raise RequestError(f"negative_prompt is {type(negative_prompt).__name__}, expected text")
-        negative = self.checkpoint.tokenizer.encode(negative_prompt) if negative_prompt and negative_prompt.strip() else None
+        negative = (
+            self.checkpoint.tokenizer.encode(negative_prompt)
+            if negative_prompt and negative_prompt.strip()
+            else None
+        )
         plan = Plan.of(sequence, self.config.tokens_per_second, guided, negative)
         counted = self._counted("reading the prompt", [plan.prefix, *plan.rests])
         return self.experts(attention=counted).prefill(sequence, plan)
 
     def _noise(self, noise: Any, batch: int, grid: tuple[int, int, int], before: int, seed: int) -> Tensor:
-        """Starting noise [batch, t, h, w, 48] on the device: a row per latent token of the whole sequence, references first."""
+        """Starting noise [batch, t, h, w, 48] on the device: a row per latent token of the whole sequence,
+        references first.
+        """
         if noise is not None:
             noise = torch.as_tensor(noise, dtype=torch.float32)
-            request.check_noise(noise, batch, grid)
+            tasks.check_noise(noise, batch, grid)
             if not bool(torch.isfinite(noise).all()):
                 raise NumericsError("the noise given has NaN or infinity in it")
             return noise.reshape(batch, *grid, LATENT_CHANNELS).to(self.device)
@@ -278,7 +322,7 @@ class Lance(Parts):
         except NumericsError as error:
             raise NumericsError(f"{error}{self.blame('gen', 'und')}") from None
 
-    # -- understanding ------------------------------------------------------------------------------------------
+    # -- understanding ---------------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def understand(
@@ -298,7 +342,8 @@ class Lance(Parts):
         """Answer a question about one image or one video. Loads the understanding expert and the ViT only.
 
         Args:
-            temperature: 0 takes the likeliest token; above, samples at that temperature from the `top_p` nucleus.
+            temperature: 0 takes the likeliest token; above, samples at that temperature from the `top_p`
+                nucleus.
             on_token: called with each new piece of text (a str with `.token_id`); raise in it to stop.
 
         Raises:
@@ -306,21 +351,29 @@ class Lance(Parts):
         """
         if image is None and video is None:
             raise RequestError("understanding needs image= or video=, and none was given")
-        task = request.TASKS["x2t_video" if video is not None else "x2t_image"]
-        request.check_text("question", question)
-        request.check_variant(task, self.config.variant)
-        request.check_media(task, image, video, None)
-        resolution = request.resolve_resolution(task, resolution)
-        request.check_count("max_new_tokens", max_new_tokens, 1, request.MAX_NEW_TOKENS)
-        request.check_count("seed", seed, 0, MAX_SEED)
+        task = tasks.TASKS["x2t_video" if video is not None else "x2t_image"]
+        tasks.check_text("question", question)
+        tasks.check_variant(task, self.config.variant)
+        tasks.check_media(task, image, video, None)
+        resolution = tasks.resolve_resolution(task, resolution)
+        tasks.check_count("max_new_tokens", max_new_tokens, 1, tasks.MAX_NEW_TOKENS)
+        tasks.check_count("seed", seed, 0, MAX_SEED)
         choose = Chooser(temperature, top_p, seed)
 
         clip = self._sources(task, image, video, None)[0]
         segment = self.seen_segment(clip, resolution, Role.QUESTION)
-        sequence = prompts.question(self.checkpoint.tokenizer, self._system(task, system_prompt), [segment], question)
+        sequence = prompts.question(
+            self.checkpoint.tokenizer, self._system(task, system_prompt), [segment], question
+        )
         return self.answer(sequence, max_new_tokens, choose, on_token)
 
-    def answer(self, sequence: Sequence, max_new_tokens: int, choose: Chooser, on_token: Callable[[Piece], None] | None = None) -> Answer:
+    def answer(
+        self,
+        sequence: Sequence,
+        max_new_tokens: int,
+        choose: Chooser,
+        on_token: Callable[[Piece], None] | None = None,
+    ) -> Answer:
         """Write tokens after an understanding sequence until the end token or the limit."""
         count = 0
 
@@ -335,11 +388,15 @@ class Lance(Parts):
         model, rate = self.experts(generation=False), self.config.tokens_per_second
         try:
             fixed = self.compile and self.device.type == "cuda"
-            return Answer(*write(model, self.checkpoint.tokenizer, sequence, rate, max_new_tokens, choose, show, fixed))
+            return Answer(
+                *write(model, self.checkpoint.tokenizer, sequence, rate, max_new_tokens, choose, show, fixed)
+            )
         except NumericsError as error:
             raise NumericsError(f"{error}{self.blame('und', 'vit')}") from None
 
 
-def _unbatched(callback: Callable[[int, int, Tensor], None] | None) -> Callable[[int, int, Tensor], None] | None:
+def _unbatched(
+    callback: Callable[[int, int, Tensor], None] | None,
+) -> Callable[[int, int, Tensor], None] | None:
     """A callback that sees [t, h, w, 48] as results of a single request do."""
     return None if callback is None else lambda step, total, latent: callback(step, total, latent[0])

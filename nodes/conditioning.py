@@ -1,8 +1,8 @@
 """CONDITIONING that carries a Lance prompt, and how it becomes a context when sampling starts.
 
-A conditioning is `[[ones(1, 1, 1), {"lance": Prompt}]]`: stock nodes combine, time and zero it like any other. The
-context's keys and values are computed at the start of every sampling run, because LoRAs may have changed the weights,
-and once for the positive and negative of one encode, which share their prefix.
+A conditioning is `[[ones(1, 1, 1), {"lance": Prompt}]]`: stock nodes combine, time and zero it like any
+other. The context's keys and values are computed at the start of every sampling run, because LoRAs may have
+changed the weights, and once for the positive and negative of one encode, which share their prefix.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..lance_core import prompts
 from ..lance_core.errors import RequestError
-from ..lance_core.model import Branch, DualExpert, Plan, Prepared
-from ..lance_core.prompts import Tokenizer
-from ..lance_core.request import check_size, resolve_frames
-from ..lance_core.sequence import Kind, Role, Segment
+from ..lance_core.inputs import prompts
+from ..lance_core.inputs.tasks import check_size, resolve_frames
+from ..lance_core.inputs.tokenizer import Tokenizer
+from ..lance_core.model.dual_expert import Branch, DualExpert, Plan, Prepared
+from ..lance_core.model.sequence import Kind, Role, Segment
 
 KEY = "lance"
 
@@ -57,13 +57,15 @@ class Request:
         resolve_frames(4 * grid[0] - 3)
         if not self.video and grid[0] > 1:
             raise RequestError(
-                f"The latent has {grid[0]} latent frames and the prompt was encoded for an image: set Lance Text Encode's target to "
+                f"The latent has {grid[0]} latent frames and the prompt was encoded for an image: set Lance "
+                "Text Encode's target to "
                 "video, or frames to 1 on the latent."
             )
         for segment in self.segments:
             if segment.kind is Kind.CLEAN and segment.role is Role.SOURCE and segment.grid != grid:
                 raise RequestError(
-                    f"The latent is {pixels(grid)} and what is to be edited was encoded as {pixels(segment.grid)}: connect the LATENT "
+                    f"The latent is {pixels(grid)} and what is to be edited was encoded as "
+                    f"{pixels(segment.grid)}: connect the LATENT "
                     "output of Lance Vision Encode to the sampler."
                 )
 
@@ -89,7 +91,9 @@ def pixels(grid: tuple[int, int, int]) -> str:
 
 @dataclass(eq=False)
 class Prompt:
-    """One side of a request: its positive, its negative, or (a zeroed conditioning) the trained unconditional one."""
+    """One side of a request: its positive, its negative, or (a zeroed conditioning) the trained unconditional
+    one.
+    """
 
     request: Request
     positive: bool
@@ -117,10 +121,16 @@ def prompt_of(conds: dict[str, Any]) -> Prompt:
     """
     prompt = conds.get(KEY)
     if not isinstance(prompt, Prompt):
-        raise RequestError("This model is Lance, and the conditioning was not made for it: encode the prompt with Lance Text Encode.")
+        raise RequestError(
+            "This model is Lance, and the conditioning was not made for it: encode the prompt with Lance "
+            "Text Encode."
+        )
     cross = conds.get("cross_attn")
     if isinstance(cross, Tensor) and cross.shape[1:2] != (1,):
-        raise RequestError("Lance's prompts cannot be concatenated: write both into one prompt, or use Conditioning (Combine).")
+        raise RequestError(
+            "Lance's prompts cannot be concatenated: write both into one prompt, or use Conditioning "
+            "(Combine)."
+        )
     if isinstance(cross, Tensor) and not bool(cross.any()):
         return prompt.zeroed()
     return prompt
@@ -163,7 +173,8 @@ class Rows:
             if prepared.sequence.target.grid != grid:
                 raise RequestError(
                     f"A node between Lance Loader and the sampler denoises {pixels(grid)} of a latent of "
-                    f"{pixels(prepared.sequence.target.grid)}; Lance cannot be cut up like that: remove it (context windows, for instance)."
+                    f"{pixels(prepared.sequence.target.grid)}; Lance cannot be cut up like that: remove it "
+                    "(context windows, for instance)."
                 )
             self.model.fill(prepared, branch.index)
 
@@ -172,7 +183,9 @@ class Rows:
 
 
 class ContextShape(list):
-    """[1, 1, tokens] for the host's memory estimates, which can tell from it which conditionings share one context."""
+    """[1, 1, tokens] for the host's memory estimates, which can tell from it which conditionings share one
+    context.
+    """
 
     def __init__(self, request: Request) -> None:
         super().__init__([1, 1, request.context_tokens])
@@ -185,17 +198,35 @@ class RowsCond:
     at: the branch for a target of another grid, for conditionings that are set to an area.
     """
 
-    def __init__(self, model: DualExpert, at: Callable[[tuple], Branch], grid: tuple[int, int, int], joinable: bool = True) -> None:
+    def __init__(
+        self,
+        model: DualExpert,
+        at: Callable[[tuple], Branch],
+        grid: tuple[int, int, int],
+        joinable: bool = True,
+    ) -> None:
         self.model, self.at, self.joinable = model, at, joinable
         self.cond = Rows(model, [at(grid)])
 
     @classmethod
-    def of(cls, model: DualExpert, store: Store, prompt: Prompt, grid: tuple[int, int, int], weights: Any, joinable: bool) -> RowsCond:
+    def of(
+        cls,
+        model: DualExpert,
+        store: Store,
+        prompt: Prompt,
+        grid: tuple[int, int, int],
+        weights: Any,
+        joinable: bool,
+    ) -> RowsCond:
         """What `LanceModel.extra_conds` gives; branches stay alive with it."""
         return cls(model, cache(lambda grid: store.branch(prompt, grid, weights)), grid, joinable)
 
     def process_cond(self, batch_size: int, area: Any = None, **kwargs: Any) -> RowsCond:
-        grid = self.cond.branches[0].prepared.sequence.target.grid if area is None else tuple(area[: len(area) // 2])
+        grid = (
+            self.cond.branches[0].prepared.sequence.target.grid
+            if area is None
+            else tuple(area[: len(area) // 2])
+        )
         return RowsCond(self.model, self.at, grid, self.joinable)
 
     def can_concat(self, other: Any) -> bool:

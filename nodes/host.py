@@ -19,8 +19,9 @@ from comfy.ldm.modules.attention import optimized_attention
 from comfy_api.input_impl import VideoFromFile
 from torch import Tensor, nn
 
-from ..lance_core.ops import are_few, few_rows, fold_groups, unfold_groups
-from ..lance_core.quantize import Format
+from ..lance_core.checkpoint.quantize import Format
+from ..lance_core.model.attention import fold_groups, unfold_groups
+from ..lance_core.model.ops import are_few, few_rows
 
 try:
     from comfy import quant_ops
@@ -46,15 +47,22 @@ class Behaviour:
 
     def clone(self, *args: Any, **kwargs: Any) -> Any:
         n = super().clone(*args, **kwargs)
-        if not isinstance(n, Behaviour):  # a dynamic patcher's other self, of the host's plain class, for hooks and compilers
+        if not isinstance(
+            n, Behaviour
+        ):  # a dynamic patcher's other self, of the host's plain class, for hooks and compilers
             n.__class__ = _with(type(self).__bases__[0], type(n))
         return n
 
 
 def make_patcher(
-    model: nn.Module, mixin: type | None = None, load_device: Any = None, offload_device: Any = None, disable_dynamic: bool = False
+    model: nn.Module,
+    mixin: type | None = None,
+    load_device: Any = None,
+    offload_device: Any = None,
+    disable_dynamic: bool = False,
 ) -> Any:
-    """A patcher over a module that has no weights yet (see `fill`); by default on the devices for diffusion models.
+    """A patcher over a module that has no weights yet (see `fill`); by default on the devices for diffusion
+    models.
 
     mixin: a Behaviour.
     """
@@ -75,7 +83,8 @@ def make_patcher(
 
 
 def reloadable(patchers: Iterable[Any], load: Callable[..., Any], *args: Any) -> None:
-    """Tell newer hosts how to make the patchers once more: `load(*args, disable_dynamic=...)` gives all of them in order.
+    """Tell newer hosts how to make the patchers once more: `load(*args, disable_dynamic=...)` gives all of
+    them in order.
 
     They ask for it where weights must not be shared: several GPUs, conditioning hooks.
     """
@@ -84,7 +93,9 @@ def reloadable(patchers: Iterable[Any], load: Callable[..., Any], *args: Any) ->
 
 
 def fill(patcher: Any, module: nn.Module, tensors: Iterable[tuple[str, Tensor]], total: int) -> None:
-    """Stream weights, each in its final dtype and owning its memory, into a patcher's module without a second copy."""
+    """Stream weights, each in its final dtype and owning its memory, into a patcher's module without a second
+    copy.
+    """
     bar = comfy.utils.ProgressBar(total)
     state, size = {}, 0
     for name, tensor in tensors:
@@ -99,9 +110,11 @@ def fill(patcher: Any, module: nn.Module, tensors: Iterable[tuple[str, Tensor]],
 
 
 def main_first(executor: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
-    """PREPARE_SAMPLING wrapper: a model has its memory before those that it brings along (`set_additional_models`) have theirs.
+    """PREPARE_SAMPLING wrapper: a model has its memory before those that it brings along
+    (`set_additional_models`) have theirs.
 
-    Hosts give memory in no order (0.3.64) or to the others first (0.29), and leave what is loaded where it is. Dynamic patchers are
+    Hosts give memory in no order (0.3.64) or to the others first (0.29), and leave what is loaded where it
+    is. Dynamic patchers are
     left alone: hosts load the main one last, and the last has the first claim to memory.
     """
     brought = model.additional_models
@@ -116,23 +129,32 @@ def main_first(executor: Callable[..., Any], model: Any, *args: Any, **kwargs: A
 
 
 def weight_dtypes(choice: str, parameters: int) -> tuple[torch.dtype, torch.dtype]:
-    """(dtype the weights are kept in, dtype the computation runs in) for a choice of the loader, as stock loaders decide."""
+    """(dtype the weights are kept in, dtype the computation runs in) for a choice of the loader, as stock
+    loaders decide.
+    """
     wanted = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8_e4m3fn": torch.float8_e4m3fn}.get(choice)
-    stored = wanted or mm.unet_dtype(model_params=parameters, supported_dtypes=FLOAT_DTYPES, weight_dtype=torch.bfloat16)
+    stored = wanted or mm.unet_dtype(
+        model_params=parameters, supported_dtypes=FLOAT_DTYPES, weight_dtype=torch.bfloat16
+    )
     return stored, mm.unet_manual_cast(stored, mm.get_torch_device(), FLOAT_DTYPES) or stored
 
 
 def operations(stored: torch.dtype, compute: torch.dtype) -> Any:
     """The host's layer classes for weights kept in one dtype and used in another."""
     return _operations(
-        comfy.ops.pick_operations(stored, None if stored == compute else compute, load_device=mm.get_torch_device()), compute
+        comfy.ops.pick_operations(
+            stored, None if stored == compute else compute, load_device=mm.get_torch_device()
+        ),
+        compute,
     )
 
 
 @cache
 def _operations(picked: type, compute: torch.dtype) -> type:
     class Embedding(picked.Embedding):
-        """Told what to look up in: the host's own looks up in whatever dtype is kept, which not every device can in fp8."""
+        """Told what to look up in: the host's own looks up in whatever dtype is kept, which not every device
+        can in fp8.
+        """
 
         def forward(self, ids: Tensor, **kwargs: Any) -> Tensor:
             return super().forward(ids, out_dtype=compute, **kwargs)
@@ -157,19 +179,27 @@ def _operations(picked: type, compute: torch.dtype) -> type:
 
 
 def planned(linear: nn.Module) -> tuple[torch.dtype, bool]:
-    """(dtype, whether with a bias) of a linear layer without weights; on newer hosts it has not even parameters for them."""
+    """(dtype, whether with a bias) of a linear layer without weights; on newer hosts it has not even
+    parameters for them.
+    """
     dtype = linear.weight.dtype if linear.weight is not None else linear.weight_comfy_model_dtype
     return dtype, linear.bias is not None or getattr(linear, "comfy_need_lazy_init_bias", False)
 
 
 def quantised_linear(dtype: torch.dtype) -> type | None:
-    """The host's linear layer for quantised weights, which it undoes to a dtype; None where it has none, as 0.3.64 has."""
+    """The host's linear layer for quantised weights, which it undoes to a dtype; None where it has none, as
+    0.3.64 has.
+    """
     known = hasattr(quant_ops, "get_layout_class") and hasattr(quant_ops.QuantizedTensor, "dequantize")
     return comfy.ops.mixed_precision_ops(compute_dtype=dtype).Linear if known else None
 
 
-def quantised_tensor(format: Format, parts: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """A weight [N, K] of a format that is not the host's, in the host's kind of tensor, which is told how to undo it."""
+def quantised_tensor(
+    format: Format, parts: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype
+) -> Tensor:
+    """A weight [N, K] of a format that is not the host's, in the host's kind of tensor, which is told how to
+    undo it.
+    """
     names = [name for name in format.layout(*shape) if name != "weight"]
     name, layout = _layout(format, tuple(names))
     scale, *others = (parts[name] for name in names)
@@ -200,7 +230,10 @@ def _layout(format: Format, names: tuple[str, ...]) -> tuple[str, type]:
 
         @classmethod
         def state_dict_tensors(cls, qdata: Tensor, params: Any) -> dict[str, Tensor]:
-            beside = {name.removeprefix("weight"): getattr(params, field) for name, field in zip(names, fields, strict=True)}
+            beside = {
+                name.removeprefix("weight"): getattr(params, field)
+                for name, field in zip(names, fields, strict=True)
+            }
             return {"": qdata, **beside}
 
     name = f"Lance{format.name}"
@@ -216,8 +249,8 @@ def undone(weight: Tensor) -> Tensor:
 def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
     """`lance_core.ops.attention` by the host's own attention, so that the user's choice of backend holds.
 
-    Query heads that share a key head are laid one after the other along the queries, so keys are never expanded and any
-    backend will do. The user's interrupt is looked at here, once a layer.
+    Query heads that share a key head are laid one after the other along the queries, so keys are never
+    expanded and any backend will do. The user's interrupt is looked at here, once a layer.
     """
     if not torch.compiler.is_compiling():
         mm.throw_exception_if_processing_interrupted()
@@ -225,10 +258,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
     mask = None
     if causal and n > 1:
         # Added, not boolean: not every backend of the host knows the latter.
-        mask = torch.full((n, keys), torch.finfo(q.dtype).min, dtype=q.dtype, device=q.device).triu(keys - n + 1)
+        mask = torch.full((n, keys), torch.finfo(q.dtype).min, dtype=q.dtype, device=q.device).triu(
+            keys - n + 1
+        )
         mask = mask.repeat(heads // groups, 1)
     q, k, v = fold_groups(q, groups), k.transpose(1, 2), v.transpose(1, 2)
-    return unfold_groups(optimized_attention(q, k, v, groups, mask=mask, skip_reshape=True, skip_output_reshape=True), heads)
+    return unfold_groups(
+        optimized_attention(q, k, v, groups, mask=mask, skip_reshape=True, skip_output_reshape=True), heads
+    )
 
 
 def progress(total: int | None = None) -> Callable[[int, int], None]:
@@ -243,7 +280,9 @@ def progress(total: int | None = None) -> Callable[[int, int], None]:
 
 
 def show_text(text: str, node_id: str | None) -> None:
-    """Write text onto a node while it runs. Some frontends render it as HTML, so what could open a tag is replaced."""
+    """Write text onto a node while it runs. Some frontends render it as HTML, so what could open a tag is
+    replaced.
+    """
     from server import PromptServer
 
     server = getattr(PromptServer, "instance", None)

@@ -10,12 +10,12 @@ from pathlib import Path
 import comfy.model_management as mm
 import folder_paths
 
-from ..lance_core import download
-from ..lance_core.checkpoint import MODEL_FILES, Checkpoint, stored_config
-from ..lance_core.decoder import join
+from ..lance_core.checkpoint.checkpoint import MODEL_FILES, Checkpoint, stored_config
+from ..lance_core.checkpoint.tensor_files import SafetensorsFile
 from ..lance_core.errors import CheckpointError
-from ..lance_core.vit import VisionTower
-from ..lance_core.weights import SafetensorsFile
+from ..lance_core.hub import download
+from ..lance_core.model.decoder import join
+from ..lance_core.model.vit import VisionTower
 from . import host, model, quant
 from .types import Lance
 from .vae import LanceVAE
@@ -31,7 +31,9 @@ def register_folder() -> None:
 
 
 def checkpoints() -> dict[str, Path]:
-    """Name in the list -> path of every released folder and self-contained file under the lance folders, two levels deep."""
+    """Name in the list -> path of every released folder and self-contained file under the lance folders, two
+    levels deep.
+    """
     found: dict[str, Path] = {}
     for base in map(Path, folder_paths.get_folder_paths(FOLDER)):
         for pattern in ("*/llm_config.json", "*/*/llm_config.json"):
@@ -70,7 +72,11 @@ def choices() -> list[str]:
     """
     there = checkpoints()
     names = {path.name for path in there.values()}
-    return [*there, *([] if there else [CHOOSE]), *(download.label(name) for name in download.RELEASED if name not in names)]
+    return [
+        *there,
+        *([] if there else [CHOOSE]),
+        *(download.label(name) for name in download.RELEASED if name not in names),
+    ]
 
 
 def refusal(choice: str) -> str | None:
@@ -79,17 +85,24 @@ def refusal(choice: str) -> str | None:
     if choice in there or download.name_of(choice):
         return None
     if choice in download.RELEASED:
-        return f"{choice} is not under models/lance yet: choose '{download.label(choice)}' in Lance Loader to fetch it. {missing_message()}"
+        return (
+            f"{choice} is not under models/lance yet: choose '{download.label(choice)}' in Lance Loader "
+            f"to fetch it. {missing_message()}"
+        )
     if there:
         return f"{choice!r} is not under models/lance: choose another checkpoint in Lance Loader."
-    return f"No Lance checkpoint found: choose one marked (download, …) in Lance Loader to fetch it. {missing_message()}"
+    return (
+        "No Lance checkpoint found: choose one marked (download, …) in Lance Loader to fetch it. "
+        f"{missing_message()}"
+    )
 
 
 def missing_message() -> str:
     """Where to put the models by hand."""
     places = " or ".join(folder_paths.get_folder_paths(FOLDER))
     return (
-        f"By hand: put the folders Lance_3B and/or Lance_3B_Video, Qwen2.5-VL-ViT and the file Wan2.2_VAE.pth "
+        "By hand: put the folders Lance_3B and/or Lance_3B_Video, Qwen2.5-VL-ViT and the file "
+        "Wan2.2_VAE.pth "
         f"into {places} (from huggingface.co/{download.REPO})."
     )
 
@@ -97,12 +110,20 @@ def missing_message() -> str:
 def fingerprint(choice: str) -> str:
     """Changes when the checkpoint's file does."""
     path = checkpoints().get(download.name_of(choice) or choice)
-    files = [path] if path and path.is_file() else [path / f for f in MODEL_FILES if (path / f).is_file()] if path else []
+    files = (
+        [path]
+        if path and path.is_file()
+        else [path / f for f in MODEL_FILES if (path / f).is_file()]
+        if path
+        else []
+    )
     return str([(str(f), f.stat().st_mtime_ns, f.stat().st_size) for f in files])
 
 
 def fetch(choice: str, node_id: str | None) -> str:
-    """The name of a chosen checkpoint, downloaded first if that is what was chosen. Shows progress and obeys interrupts."""
+    """The name of a chosen checkpoint, downloaded first if that is what was chosen. Shows progress and obeys
+    interrupts.
+    """
     name = download.name_of(choice)
     if name is None or name in checkpoints():
         return name or choice
@@ -144,19 +165,24 @@ def _open(name: str) -> Checkpoint:
 
 
 def _patchers(checkpoint: Checkpoint, dtype: str, disable_dynamic: bool = False):
-    """Patchers of the generation expert, the understanding expert and the vision tower (or None); and the compute dtype.
+    """Patchers of the generation expert, the understanding expert and the vision tower (or None); and the
+    compute dtype.
 
-    Three patchers, so that the host holds what each task needs and no more: reading and answering run the vision tower and the
-    understanding expert; sampling runs both experts. Where these do not fit together, the generation expert goes first
-    (`host.main_first`): it reads every token of the picture in every step, the understanding expert two markers, so that streaming
-    it costs a transfer a step, and little else.
+    Three patchers, so that the host holds what each task needs and no more: reading and answering run the
+    vision tower and the understanding expert; sampling runs both experts. Where these do not fit together,
+    the generation expert goes first (`host.main_first`): it reads every token of the picture in every step,
+    the understanding expert two markers, so that streaming it costs a transfer a step, and little else.
     """
     config = checkpoint.config
-    stored, compute = host.weight_dtypes(dtype, checkpoint.parts["gen"].parameters + checkpoint.parts["und"].parameters)
+    stored, compute = host.weight_dtypes(
+        dtype, checkpoint.parts["gen"].parameters + checkpoint.parts["und"].parameters
+    )
     ops = host.operations(stored, compute)
 
     def part(which: str, module, patcher) -> None:
-        host.fill(patcher, module, checkpoint.tensors(which, stored, module=module), checkpoint.count(which, module))
+        host.fill(
+            patcher, module, checkpoint.tensors(which, stored, module=module), checkpoint.count(which, module)
+        )
 
     understanding = join(checkpoint.build("und", ops, dtype=stored, make=quant.make)).eval()
     und = host.make_patcher(understanding, quant.PatchesInForward, disable_dynamic=disable_dynamic)

@@ -1,5 +1,5 @@
-"""Lance as a native MODEL: a BaseModel over the generation expert in the Wan2.2 latent format, with the understanding
-expert beside it as an additional model. Thin: the mathematics is lance_core's.
+"""Lance as a native MODEL: a BaseModel over the generation expert in the Wan2.2 latent format, with the
+understanding expert beside it as an additional model. Thin: the mathematics is lance_core's.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import comfy.utils
 import torch
 from torch import Tensor
 
+from ..lance_core.checkpoint.quantize import Format, swap
 from ..lance_core.config import LLMConfig
-from ..lance_core.decoder import PIECE, homes, join
-from ..lance_core.model import DualExpert, Generation
-from ..lance_core.quantize import Format, swap
+from ..lance_core.model.decoder import PIECE, homes, join
+from ..lance_core.model.dual_expert import DualExpert, Generation
 from . import host, quant
 from .conditioning import ContextShape, Rows, RowsCond, Store, prompt_of
 from .vision import check_latent
@@ -41,12 +41,20 @@ class LanceConfig(comfy.supported_models_base.BASE):
 class Denoiser(Generation):
     """The generation expert with the forward ComfyUI's samplers, caches and compilers expect."""
 
-    def __init__(self, llm: LLMConfig, dtype: torch.dtype | None = None, device: Any = None, operations: Any = None) -> None:
+    def __init__(
+        self, llm: LLMConfig, dtype: torch.dtype | None = None, device: Any = None, operations: Any = None
+    ) -> None:
         super().__init__(llm, operations, device=device, dtype=dtype)
         self.dtype = dtype
 
     def forward(
-        self, x: Tensor, timestep: Tensor, context: Any = None, control: Any = None, transformer_options: dict | None = None, **kwargs: Any
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        context: Any = None,
+        control: Any = None,
+        transformer_options: dict | None = None,
+        **kwargs: Any,
     ) -> Tensor:
         options = transformer_options if transformer_options is not None else {}
         wrappers = px.get_all_wrappers(px.WrappersMP.DIFFUSION_MODEL, options)
@@ -56,9 +64,18 @@ class Denoiser(Generation):
         return run.execute(x, timestep, context, options, **kwargs)
 
     def _forward(
-        self, x: Tensor, timestep: Tensor, context: Any = None, transformer_options: dict | None = None, *, lance: Rows, **kwargs: Any
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        context: Any = None,
+        transformer_options: dict | None = None,
+        *,
+        lance: Rows,
+        **kwargs: Any,
     ) -> Tensor:
-        """x: [b, 48, t, h, w]; timestep: [b] or, with clean frames, [b, t], in 0..1000. Returns the velocity, shaped like x."""
+        """x: [b, 48, t, h, w]; timestep: [b] or, with clean frames, [b, t], in 0..1000. Returns the velocity,
+        shaped like x.
+        """
         t = timestep / 1000
         if t.ndim == 1:
             t = t[:, None].expand(-1, x.shape[2])
@@ -69,15 +86,24 @@ class Denoiser(Generation):
 class LanceModel(comfy.model_base.BaseModel):
     """The MODEL. `current_patcher` (set by the sampler) leads to the understanding expert."""
 
-    def __init__(self, config: LanceConfig, llm: LLMConfig, understanding: torch.nn.Module, formats: dict[str, Format]) -> None:
-        super().__init__(config, comfy.model_base.ModelType.FLOW, device=torch.device("meta"), unet_model=Denoiser)
+    def __init__(
+        self, config: LanceConfig, llm: LLMConfig, understanding: torch.nn.Module, formats: dict[str, Format]
+    ) -> None:
+        super().__init__(
+            config, comfy.model_base.ModelType.FLOW, device=torch.device("meta"), unet_model=Denoiser
+        )
         join(swap(self.diffusion_model, formats, quant.make))
         self.llm = llm
         parts = homes(understanding)
         self.understanding_names = [f"{UND_PREFIX}{name}" for name in (*understanding.state_dict(), *parts)]
-        self.homes = {f"{UND_PREFIX}{name}": (UND_PREFIX + whole, rows) for name, (whole, rows, _) in parts.items()}
+        self.homes = {
+            f"{UND_PREFIX}{name}": (UND_PREFIX + whole, rows) for name, (whole, rows, _) in parts.items()
+        }
         own = homes(self.diffusion_model)
-        self.homes |= {f"diffusion_model.{name}": (f"diffusion_model.{whole}", rows) for name, (whole, rows, _) in own.items()}
+        self.homes |= {
+            f"diffusion_model.{name}": (f"diffusion_model.{whole}", rows)
+            for name, (whole, rows, _) in own.items()
+        }
         self.store = Store()
 
     @property
@@ -92,15 +118,21 @@ class LanceModel(comfy.model_base.BaseModel):
     def experts(self, device: torch.device) -> DualExpert:
         """Both experts as lance_core runs them."""
         return DualExpert(
-            self.llm, self.understanding.model, self.diffusion_model, attention=host.attention, dtype=self.compute_dtype, device=device
+            self.llm,
+            self.understanding.model,
+            self.diffusion_model,
+            attention=host.attention,
+            dtype=self.compute_dtype,
+            device=device,
         )
 
-    # -- conditioning -------------------------------------------------------------------------------------------
+    # -- conditioning ----------------------------------------------------------------------------------------
 
     def extra_conds(self, **kwargs: Any) -> dict[str, Any]:
         """Called once a conditioning and sampling run, weights loaded: which context its rows run against."""
         noise, patcher = kwargs["noise"], self.current_patcher
-        # What decides the weights a context is computed with; conditioning hooks change them from one conditioning to the next.
+        # What decides the weights a context is computed with; conditioning hooks change them from one
+        # conditioning to the next.
         weights = (patcher.patches_uuid, self.understanding.patches_uuid, kwargs.get("hooks"))
         # The stock EasyCache of older hosts mistakes a guidance batch for one prediction.
         joinable = not host.has_wrapper(patcher, px.WrappersMP.DIFFUSION_MODEL, "easycache")
@@ -117,7 +149,9 @@ class LanceModel(comfy.model_base.BaseModel):
     def extra_conds_shapes(self, **kwargs: Any) -> dict[str, Any]:
         return {"lance": ContextShape(prompt_of(kwargs).request)}
 
-    def process_timestep(self, timestep: Tensor, x: Tensor | None = None, lance_clean: Tensor | None = None, **kwargs: Any) -> Tensor:
+    def process_timestep(
+        self, timestep: Tensor, x: Tensor | None = None, lance_clean: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
         """Frames that are kept clean are at timestep 0: [b] -> [b, t] where there are any."""
         return timestep if lance_clean is None else timestep[:, None] * (1 - lance_clean.to(timestep))
 
@@ -128,46 +162,62 @@ class LanceModel(comfy.model_base.BaseModel):
         if clean is None:
             return super()._apply_model(x, t, *args, **kwargs)
         shown = torch.where(clean[:, None, :, None, None] > 0, latent.to(x), x)
-        # Guidance takes the velocity to be (x - denoised) / sigma, and its norm is over all frames, clean ones included.
+        # Guidance takes the velocity to be (x - denoised) / sigma, and its norm is over all frames, clean
+        # ones included.
         return super()._apply_model(shown, t, *args, **kwargs) + (x - shown)
 
     def process_latent_in(self, latent: Tensor) -> Tensor:
         check_latent(latent)
         return super().process_latent_in(latent)
 
-    # -- memory -------------------------------------------------------------------------------------------------
+    # -- memory ----------------------------------------------------------------------------------------------
 
-    def memory_required(self, input_shape: list[int], cond_shapes: dict[str, Any] | None = None, **kwargs: Any) -> float:
-        """Bytes one forward of input_shape [b, 48, t, h, w] needs beyond the weights: keys, values and activations.
+    def memory_required(
+        self, input_shape: list[int], cond_shapes: dict[str, Any] | None = None, **kwargs: Any
+    ) -> float:
+        """Bytes one forward of input_shape [b, 48, t, h, w] needs beyond the weights: keys, values and
+        activations.
 
-        Activations are widest either around attention (residual, projections, and for at most PIECE tokens of each row at once q
-        rotated in float32) or in the feed-forward (residual, its input and output, and for at most PIECE tokens at once its two
-        wide tensors). Reading the context may be longer than a step. Per layer and token of every request's context and target:
-        one key and value.
+        Activations are widest either around attention (residual, projections, and for at most PIECE tokens of
+        each row at once q rotated in float32) or in the feed-forward (residual, its input and output, and for
+        at most PIECE tokens at once its two wide tensors). Reading the context may be longer than a step. Per
+        layer and token of every request's
+        context and target: one key and value.
         """
         llm, size = self.llm, self.compute_dtype.itemsize
         rows, tokens = input_shape[0], math.prod(input_shape[2:]) + 2
         # Positive and negative of one encode share a context.
         contexts = {id(getattr(s, "request", s)): int(s[-1]) for s in (cond_shapes or {}).get("lance", [])}
-        kv = 2 * llm.num_kv_heads * llm.head_dim * size * llm.num_layers * sum(c + tokens for c in contexts.values())
+        kv = (
+            2
+            * llm.num_kv_heads
+            * llm.head_dim
+            * size
+            * llm.num_layers
+            * sum(c + tokens for c in contexts.values())
+        )
         heads = (llm.num_heads + 2 * llm.num_kv_heads) * llm.head_dim
         queries = llm.num_heads * llm.head_dim
-        # The joined projections live on beside the rotated ones; the host's attention wants the queries and gives the result in copies.
+        # The joined projections live on beside the rotated ones; the host's attention wants the queries and
+        # gives the result in copies.
         attending = (2 * (llm.hidden_size + heads + queries) + queries) * size
         rotating = 8 * queries
 
         def activations(rows: int, tokens: int) -> int:
-            feeding = rows * tokens * 4 * llm.hidden_size * size + min(rows * tokens, PIECE) * 2 * llm.intermediate_size * size
+            feeding = (
+                rows * tokens * 4 * llm.hidden_size * size
+                + min(rows * tokens, PIECE) * 2 * llm.intermediate_size * size
+            )
             return max(rows * (tokens * attending + min(tokens, PIECE) * rotating), feeding)
 
         widest = max(activations(rows, tokens), activations(1, max(contexts.values(), default=0)))
         return float(kv + widest + tokens * llm.hidden_size * size)
 
-    # -- names LoRAs know ---------------------------------------------------------------------------------------
+    # -- names LoRAs know ------------------------------------------------------------------------------------
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """This expert's weights; and, without any, the other's names and those of joined projections, so that LoRAs on them are
-        recognised (`_Routing` sends each where it belongs)."""
+        """This expert's weights; and, without any, the other's names and those of joined projections, so that
+        LoRAs on them are recognised (`_Routing` sends each where it belongs)."""
         state = super().state_dict(*args, **kwargs)
         if not args and not kwargs:
             for name in (*self.understanding_names, *self.homes):
@@ -175,7 +225,9 @@ class LanceModel(comfy.model_base.BaseModel):
         return state
 
     def home(self, key: Any) -> Any:
-        """A patch's key, a name or (name, (axis, start, length), ...), with a projection that has been joined as rows of the joined one."""
+        """A patch's key, a name or (name, (axis, start, length), ...), with a projection that has been joined
+        as rows of the joined one.
+        """
         name, offset, *rest = (key, None) if isinstance(key, str) else key
         if name not in self.homes:
             return key
@@ -185,7 +237,9 @@ class LanceModel(comfy.model_base.BaseModel):
         elif offset[0] == 0:
             offset = (0, rows.start + offset[1], offset[2])
         else:
-            raise ValueError(f"a patch of columns of {name} cannot be applied; it can be of the whole weight or of rows")
+            raise ValueError(
+                f"a patch of columns of {name} cannot be applied; it can be of the whole weight or of rows"
+            )
         return (whole, offset, *rest)
 
 
@@ -198,7 +252,14 @@ def clean_frames(mask: Tensor) -> Tensor:
 
 
 def restore_clean(
-    executor: Any, noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor, denoise_mask: Any = None, *args: Any, **kwargs: Any
+    executor: Any,
+    noise: Tensor,
+    latent_image: Tensor,
+    sampler: Any,
+    sigmas: Tensor,
+    denoise_mask: Any = None,
+    *args: Any,
+    **kwargs: Any,
 ):
     """OUTER_SAMPLE wrapper: what the mask keeps comes out bit for bit, whichever sampler ran."""
     out = executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
@@ -209,14 +270,20 @@ def restore_clean(
 
 
 class _Routing(quant.PatchesInForward):
-    """Patcher behaviour: patches named for the other expert go to its patcher; both are pinned to the same weights' id."""
+    """Patcher behaviour: patches named for the other expert go to its patcher; both are pinned to the same
+    weights' id.
+    """
 
     def add_patches(self, patches: dict, *args: Any, **kwargs: Any) -> list:
         homes = {self.model.home(key): key for key in patches}
         mine = {k: patches[key] for k, key in homes.items() if not _name(k).startswith(UND_PREFIX)}
         theirs = {_rename(k): patches[key] for k, key in homes.items() if _name(k).startswith(UND_PREFIX)}
         done = set(super().add_patches(mine, *args, **kwargs))
-        taken = set(self.get_additional_models_with_key(UND)[0].add_patches(theirs, *args, **kwargs)) if theirs else ()
+        taken = (
+            set(self.get_additional_models_with_key(UND)[0].add_patches(theirs, *args, **kwargs))
+            if theirs
+            else ()
+        )
         return [key for k, key in homes.items() if k in done or _rename(k) in taken]
 
     def add_hook_patches(self, hook: Any, patches: dict, *args: Any, **kwargs: Any) -> list:
@@ -234,7 +301,9 @@ def _name(key: Any) -> str:
 
 
 def _rename(key: Any) -> Any:
-    return key.removeprefix(UND_PREFIX) if isinstance(key, str) else (key[0].removeprefix(UND_PREFIX), *key[1:])
+    return (
+        key.removeprefix(UND_PREFIX) if isinstance(key, str) else (key[0].removeprefix(UND_PREFIX), *key[1:])
+    )
 
 
 def build(

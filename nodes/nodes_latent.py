@@ -10,8 +10,8 @@ from comfy_api.latest import InputImpl, Types, io
 
 from ..lance_core.config import OUTPUT_FPS
 from ..lance_core.errors import RequestError
-from ..lance_core.preprocess import crop_resize, vae_size
-from ..lance_core.request import SIZES, check_size, resolve_frames
+from ..lance_core.inputs.preprocess import crop_resize, vae_size
+from ..lance_core.inputs.tasks import SIZES, check_size, resolve_frames
 from . import vision
 from .nodes_model import CATEGORY
 
@@ -31,7 +31,12 @@ def _frames_input(default: int) -> io.Int.Input:
     )
 
 
-BATCH = {"default": 1, "min": 1, "max": 64, "tooltip": "How many to make; Lance Sampler gives them seed, seed+1, …"}
+BATCH = {
+    "default": 1,
+    "min": 1,
+    "max": 64,
+    "tooltip": "How many to make; Lance Sampler gives them seed, seed+1, …",
+}
 
 
 class EmptyLanceLatent(io.ComfyNode):
@@ -49,11 +54,28 @@ class EmptyLanceLatent(io.ComfyNode):
                     "size",
                     options=[*SIZE_PRESETS, CUSTOM],
                     default="image_768res",
-                    tooltip="Sizes the model was trained for; 768 for images, 480p or 360p for video. custom: width and height below.",
+                    tooltip="Sizes the model was trained for; 768 for images, 480p or 360p for video. "
+                    "custom: width and height below.",
                 ),
-                io.Combo.Input("aspect", options=ASPECTS, default="1:1", tooltip="Width to height, for the presets."),
-                io.Int.Input("width", default=768, min=16, max=1168, step=16, tooltip="Pixels, for custom; at most 1024 (1168 by 496)."),
-                io.Int.Input("height", default=768, min=16, max=1168, step=16, tooltip="Pixels, for custom; at most 1024."),
+                io.Combo.Input(
+                    "aspect", options=ASPECTS, default="1:1", tooltip="Width to height, for the presets."
+                ),
+                io.Int.Input(
+                    "width",
+                    default=768,
+                    min=16,
+                    max=1168,
+                    step=16,
+                    tooltip="Pixels, for custom; at most 1024 (1168 by 496).",
+                ),
+                io.Int.Input(
+                    "height",
+                    default=768,
+                    min=16,
+                    max=1168,
+                    step=16,
+                    tooltip="Pixels, for custom; at most 1024.",
+                ),
                 _frames_input(1),
                 io.Int.Input("batch_size", **BATCH),
             ],
@@ -61,7 +83,9 @@ class EmptyLanceLatent(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, size: str, aspect: str, width: int, height: int, frames: int, batch_size: int) -> io.NodeOutput:
+    def execute(
+        cls, size: str, aspect: str, width: int, height: int, frames: int, batch_size: int
+    ) -> io.NodeOutput:
         w, h = check_size(width, height) if size == CUSTOM else SIZES[size][aspect]
         grid = (1 + (resolve_frames(frames) - 1) // 4, h // 16, w // 16)
         return io.NodeOutput({"samples": vision.empty_latent(grid, batch_size)})
@@ -79,7 +103,9 @@ class LanceImageToVideoLatent(io.ComfyNode):
             description="Starts a video with a picture, which is kept as its first frame.",
             inputs=[
                 io.Vae.Input("vae", tooltip="From Lance Loader."),
-                io.Image.Input("start_image", tooltip="The first frame. It is cropped to the nearest trained shape."),
+                io.Image.Input(
+                    "start_image", tooltip="The first frame. It is cropped to the nearest trained shape."
+                ),
                 io.Combo.Input(
                     "size",
                     options=["video_480p", "video_360p", "video_192p", CUSTOM],
@@ -92,18 +118,33 @@ class LanceImageToVideoLatent(io.ComfyNode):
                 io.Int.Input("batch_size", **BATCH),
             ],
             outputs=[
-                io.Latent.Output("latent", display_name="latent", tooltip="With a noise mask that keeps the first frame; for any sampler.")
+                io.Latent.Output(
+                    "latent",
+                    display_name="latent",
+                    tooltip="With a noise mask that keeps the first frame; for any sampler.",
+                )
             ],
         )
 
     @classmethod
-    def execute(cls, vae, start_image, size: str, width: int, height: int, frames: int, batch_size: int) -> io.NodeOutput:
+    def execute(
+        cls, vae, start_image, size: str, width: int, height: int, frames: int, batch_size: int
+    ) -> io.NodeOutput:
         if len(start_image) != 1:
-            raise RequestError(f"{len(start_image)} images came as the first frame: connect one (Image From Batch picks one).")
+            raise RequestError(
+                f"{len(start_image)} images came as the first frame: connect one (Image From Batch picks "
+                "one)."
+            )
         picture = vision.to_bytes(start_image)[0]
-        w, h = check_size(width, height) if size == CUSTOM else vae_size(picture.shape[1], picture.shape[0], size)
+        w, h = (
+            check_size(width, height)
+            if size == CUSTOM
+            else vae_size(picture.shape[1], picture.shape[0], size)
+        )
         first = vision.encode_frames(vae, crop_resize(picture, (w, h))[None])
-        samples = comfy.latent_formats.Wan22().process_out(vision.empty_latent((1 + (resolve_frames(frames) - 1) // 4, h // 16, w // 16)))
+        samples = comfy.latent_formats.Wan22().process_out(
+            vision.empty_latent((1 + (resolve_frames(frames) - 1) // 4, h // 16, w // 16))
+        )
         samples[:, :, :1] = first.to(samples)
         mask = torch.ones_like(samples[:, :1])
         mask[:, :, :1] = 0
@@ -126,13 +167,21 @@ class LanceVAEDecode(io.ComfyNode):
                 io.Latent.Input("samples", tooltip="From the sampler."),
             ],
             outputs=[
-                io.Image.Output("images", display_name="images", tooltip="All frames; a batch's results one after the other."),
-                io.Video.Output("video", display_name="video", tooltip="The same frames at 12 a second, for Save Video."),
+                io.Image.Output(
+                    "images",
+                    display_name="images",
+                    tooltip="All frames; a batch's results one after the other.",
+                ),
+                io.Video.Output(
+                    "video", display_name="video", tooltip="The same frames at 12 a second, for Save Video."
+                ),
             ],
         )
 
     @classmethod
     def execute(cls, vae, samples) -> io.NodeOutput:
         images = vision.decode_latent(vae, samples["samples"])
-        video = InputImpl.VideoFromComponents(Types.VideoComponents(images=images, frame_rate=Fraction(OUTPUT_FPS)))
+        video = InputImpl.VideoFromComponents(
+            Types.VideoComponents(images=images, frame_rate=Fraction(OUTPUT_FPS))
+        )
         return io.NodeOutput(images, video)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..lance_core.errors import RequestError
-from ..lance_core.preprocess import PRESETS, vae_size
-from ..lance_core.prompts import SYSTEM_PROMPTS
-from ..lance_core.request import check_text
+from ..lance_core.inputs.preprocess import PRESETS, vae_size
+from ..lance_core.inputs.prompts import SYSTEM_PROMPTS
+from ..lance_core.inputs.tasks import check_text
 from . import loader, vision
 from .conditioning import Prompt, Request
 from .types import EDIT, QUESTION, ROLES, Lance, Vision
@@ -27,20 +27,24 @@ class LanceLoader(io.ComfyNode):
             node_id="LanceLoader",
             display_name="Lance Loader",
             category=CATEGORY,
-            description="Loads a Lance checkpoint: the model for samplers, what reads text and pictures, and the VAE.",
+            description="Loads a Lance checkpoint: the model for samplers, what reads text and pictures, "
+            "and the VAE.",
             inputs=[
                 io.Combo.Input(
                     "checkpoint",
                     options=loader.choices(),
-                    tooltip="A checkpoint under models/lance: a released folder or a converted file. Lance_3B makes the better images, Lance_3B_Video "
+                    tooltip="A checkpoint under models/lance: a released folder or a converted file. "
+                    "Lance_3B makes the better images, Lance_3B_Video "
                     "does every task. One marked (download, …) is fetched when you run it, and only then.",
                 ),
                 io.Combo.Input(
                     "weight_dtype",
                     options=list(loader.DTYPES),
                     default="default",
-                    tooltip="How the weights are kept. default: what suits this machine, usually bf16. fp8_e4m3fn halves the memory and is "
-                    "reported to cost fine detail. Layers of a converted file that are fp8, int8, int4 or nvfp4 stay so; the last two are for "
+                    tooltip="How the weights are kept. default: what suits this machine, usually bf16. "
+                    "fp8_e4m3fn halves the memory and is "
+                    "reported to cost fine detail. Layers of a converted file that are fp8, int8, int4 or "
+                    "nvfp4 stay so; the last two are for "
                     "questions only.",
                 ),
             ],
@@ -74,45 +78,72 @@ class LanceVisionEncode(io.ComfyNode):
             node_id="LanceVisionEncode",
             display_name="Lance Vision Encode",
             category=CATEGORY,
-            description="Shows pictures or a clip to Lance: as the source of an edit, as subjects to keep, or to be asked about.",
+            description="Shows pictures or a clip to Lance: as the source of an edit, as subjects to keep, "
+            "or to be asked about.",
             inputs=[
                 LANCE.Input("lance", tooltip="From Lance Loader."),
                 io.Combo.Input(
                     "role",
                     options=list(ROLES),
                     default=EDIT,
-                    tooltip="edit source: the picture or clip to change. subject reference: who or what shall appear. question: to be asked about.",
+                    tooltip="edit source: the picture or clip to change. subject reference: who or what "
+                    "shall appear. question: to be asked about.",
                 ),
                 io.Combo.Input(
                     "resolution",
                     options=[AUTO, *PRESETS],
                     default=AUTO,
-                    tooltip="How large it is read, and how large an edit comes out. auto: image_768res for images, video_480p for clips. "
+                    tooltip="How large it is read, and how large an edit comes out. auto: image_768res for "
+                    "images, video_480p for clips. "
                     "For the subjects of a video take video_480p.",
                 ),
-                io.Vae.Input("vae", optional=True, tooltip="Needed for edits and subjects, not for questions."),
+                io.Vae.Input(
+                    "vae", optional=True, tooltip="Needed for edits and subjects, not for questions."
+                ),
                 io.Image.Input(
                     "image",
                     optional=True,
-                    tooltip="One image; several are subjects, or for an edit or a question the frames of a 12 fps clip.",
+                    tooltip="One image; several are subjects, or for an edit or a question the frames of a "
+                    "12 fps clip.",
                 ),
                 io.Video.Input(
-                    "video", optional=True, tooltip="A clip of any length; up to 6 seconds' worth of frames are picked from all of it."
+                    "video",
+                    optional=True,
+                    tooltip="A clip of any length; up to 6 seconds' worth of frames are picked from all of "
+                    "it.",
                 ),
-                io.Mask.Input("mask", optional=True, tooltip="Load Image's mask: transparent parts are shown as white, as in training."),
-                LANCE_VISION.Input("earlier", optional=True, tooltip="Subjects encoded before, to which these are added."),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="Load Image's mask: transparent parts are shown as white, as in training.",
+                ),
+                LANCE_VISION.Input(
+                    "earlier", optional=True, tooltip="Subjects encoded before, to which these are added."
+                ),
             ],
             outputs=[
-                LANCE_VISION.Output("vision", display_name="vision", tooltip="For Lance Text Encode or Lance Understand."),
+                LANCE_VISION.Output(
+                    "vision", display_name="vision", tooltip="For Lance Text Encode or Lance Understand."
+                ),
                 io.Latent.Output(
-                    "latent", display_name="latent", tooltip="Empty, of the size an edit of this comes out in: connect it to the sampler."
+                    "latent",
+                    display_name="latent",
+                    tooltip="Empty, of the size an edit of this comes out in: connect it to the sampler.",
                 ),
             ],
         )
 
     @classmethod
     def execute(
-        cls, lance: Lance, role: str, resolution: str, vae=None, image=None, video=None, mask=None, earlier: Vision | None = None
+        cls,
+        lance: Lance,
+        role: str,
+        resolution: str,
+        vae=None,
+        image=None,
+        video=None,
+        mask=None,
+        earlier: Vision | None = None,
     ) -> io.NodeOutput:
         clips, is_video = vision.clips_of(image, video, role, mask)
         if resolution == AUTO:
@@ -138,16 +169,29 @@ class LanceTextEncode(io.ComfyNode):
             description="Encodes a prompt, with the pictures it speaks of, for any sampler.",
             inputs=[
                 LANCE.Input("lance", tooltip="From Lance Loader."),
-                io.String.Input("prompt", multiline=True, dynamic_prompts=True, tooltip="What to make, or how to change the picture."),
+                io.String.Input(
+                    "prompt",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    tooltip="What to make, or how to change the picture.",
+                ),
                 io.String.Input(
                     "negative_prompt",
                     multiline=True,
                     dynamic_prompts=True,
                     default="",
-                    tooltip="What to stay away from. Empty is best: guidance then works as the model was trained.",
+                    tooltip="What to stay away from. Empty is best: guidance then works as the model was "
+                    "trained.",
                 ),
-                io.Combo.Input("target", options=["image", "video"], default="image", tooltip="What is to be made. Must fit the latent."),
-                LANCE_VISION.Input("vision", optional=True, tooltip="The picture or clip to edit, or the subjects to keep."),
+                io.Combo.Input(
+                    "target",
+                    options=["image", "video"],
+                    default="image",
+                    tooltip="What is to be made. Must fit the latent.",
+                ),
+                LANCE_VISION.Input(
+                    "vision", optional=True, tooltip="The picture or clip to edit, or the subjects to keep."
+                ),
                 io.String.Input(
                     "system_prompt",
                     multiline=True,
@@ -157,47 +201,77 @@ class LanceTextEncode(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Conditioning.Output("positive", display_name="positive", tooltip="For the sampler's positive."),
+                io.Conditioning.Output(
+                    "positive", display_name="positive", tooltip="For the sampler's positive."
+                ),
                 io.Conditioning.Output(
                     "negative",
                     display_name="negative",
-                    tooltip="For the sampler's negative: the negative prompt, or the prompt left out, as trained.",
+                    tooltip="For the sampler's negative: the negative prompt, or the prompt left out, as "
+                    "trained.",
                 ),
             ],
         )
 
     @classmethod
     def execute(
-        cls, lance: Lance, prompt: str, negative_prompt: str, target: str, vision: Vision | None = None, system_prompt: str = ""
+        cls,
+        lance: Lance,
+        prompt: str,
+        negative_prompt: str,
+        target: str,
+        vision: Vision | None = None,
+        system_prompt: str = "",
     ) -> io.NodeOutput:
         check_text("The prompt", prompt)
         key = _task_key(lance, target, vision)
-        system = system_prompt if system_prompt and system_prompt.strip() else SYSTEM_PROMPTS[key].format(vision=target)
+        system = (
+            system_prompt
+            if system_prompt and system_prompt.strip()
+            else SYSTEM_PROMPTS[key].format(vision=target)
+        )
         negative = negative_prompt if negative_prompt and negative_prompt.strip() else None
         segments = vision.segments if vision else ()
-        request = Request(lance.tokenizer, system, segments, prompt, negative, target == "video", lance.config.tokens_per_second)
+        request = Request(
+            lance.tokenizer,
+            system,
+            segments,
+            prompt,
+            negative,
+            target == "video",
+            lance.config.tokens_per_second,
+        )
         return io.NodeOutput(Prompt(request, True).conditioning(), Prompt(request, False).conditioning())
 
 
 def _task_key(lance: Lance, target: str, vision: Vision | None) -> str:
     """Which trained instruction fits; refuses what is no task of the model, with the way out."""
     if target == "video" and lance.config.variant == "image":
-        raise RequestError(f"{lance.name} is the image checkpoint and makes no video: load Lance_3B_Video in Lance Loader.")
+        raise RequestError(
+            f"{lance.name} is the image checkpoint and makes no video: load Lance_3B_Video in Lance Loader."
+        )
     if vision is None:
         return "t2v" if target == "video" else "t2i"
     if vision.checkpoint != lance.name:
         raise RequestError(
-            f"The vision was encoded with {vision.checkpoint} and the text is with {lance.name}: use one Lance Loader for both."
+            f"The vision was encoded with {vision.checkpoint} and the text is with {lance.name}: use one "
+            "Lance Loader for both."
         )
     if vision.role == QUESTION:
-        raise RequestError("The vision has the role 'question': connect it to Lance Understand, or set its role to 'edit source'.")
+        raise RequestError(
+            "The vision has the role 'question': connect it to Lance Understand, or set its role to 'edit "
+            "source'."
+        )
     if vision.role == EDIT and vision.video != (target == "video"):
         if vision.video:
             raise RequestError(
-                "A video is to be edited and the target is image: set target to video, or connect one image as the edit source."
+                "A video is to be edited and the target is image: set target to video, or connect one image "
+                "as the edit source."
             )
         raise RequestError(
-            "An image is to be edited and the target is video: set target to image. For a video that starts with this image use "
-            "Lance Image To Video Latent and no vision; for a video of this subject set the role to 'subject reference'."
+            "An image is to be edited and the target is video: set target to image. For a video that starts "
+            "with this image use "
+            "Lance Image To Video Latent and no vision; for a video of this subject set the role to "
+            "'subject reference'."
         )
     return "edit" if vision.role == EDIT else "subject"

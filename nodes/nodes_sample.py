@@ -6,7 +6,7 @@ import comfy.samplers
 import latent_preview
 from comfy_api.latest import io
 
-from ..lance_core.sampler import RENORMS, Guidance
+from ..lance_core.model.sampler import RENORMS, Guidance
 from . import sampling
 from .nodes_model import CATEGORY
 
@@ -15,15 +15,31 @@ MAX_SEED = 0xFFFFFFFFFFFFFFFF
 
 def _seed() -> io.Int.Input:
     return io.Int.Input(
-        "seed", default=42, min=0, max=MAX_SEED, control_after_generate=True, tooltip="The same seed and settings give the same result."
+        "seed",
+        default=42,
+        min=0,
+        max=MAX_SEED,
+        control_after_generate=True,
+        tooltip="The same seed and settings give the same result.",
     )
 
 
 def _schedule_inputs() -> list:
     return [
-        io.Int.Input("steps", default=30, min=1, max=1000, tooltip="Denoising steps. 30 as released; dpmpp_2m comes near with 12."),
+        io.Int.Input(
+            "steps",
+            default=30,
+            min=1,
+            max=1000,
+            tooltip="Denoising steps. 30 as released; dpmpp_2m comes near with 12.",
+        ),
         io.Float.Input(
-            "shift", default=3.5, min=0.01, max=100.0, step=0.1, tooltip="How much of the schedule is spent on noise. 3.5 as released."
+            "shift",
+            default=3.5,
+            min=0.01,
+            max=100.0,
+            step=0.1,
+            tooltip="How much of the schedule is spent on noise. 3.5 as released.",
         ),
     ]
 
@@ -31,21 +47,44 @@ def _schedule_inputs() -> list:
 def _guidance_inputs() -> list:
     return [
         io.Float.Input(
-            "cfg", default=4.0, min=0.0, max=100.0, step=0.1, tooltip="Guidance scale. 4 as released; 1 turns it off and halves the time."
+            "cfg",
+            default=4.0,
+            min=0.0,
+            max=100.0,
+            step=0.1,
+            tooltip="Guidance scale. 4 as released; 1 turns it off and halves the time.",
         ),
         io.Float.Input(
-            "cfg_start", default=1.0, min=0.0, max=1.0, step=0.05, tooltip="Guidance applies from this time (1 is pure noise) …"
+            "cfg_start",
+            default=1.0,
+            min=0.0,
+            max=1.0,
+            step=0.05,
+            tooltip="Guidance applies from this time (1 is pure noise) …",
         ),
         io.Float.Input(
-            "cfg_end", default=0.4, min=0.0, max=1.0, step=0.05, tooltip="… down to this one, itself left out. 1 to 0.4 as released."
+            "cfg_end",
+            default=0.4,
+            min=0.0,
+            max=1.0,
+            step=0.05,
+            tooltip="… down to this one, itself left out. 1 to 0.4 as released.",
         ),
         io.Combo.Input(
             "renorm",
             options=list(RENORMS),
             default="global",
-            tooltip="Scales the guided velocity back to the size it had, over the whole (global) or per token (channel). global as released.",
+            tooltip="Scales the guided velocity back to the size it had, over the whole (global) or per "
+            "token (channel). global as released.",
         ),
-        io.Float.Input("renorm_min", default=0.0, min=0.0, max=1.0, step=0.01, tooltip="It is never scaled below this. 0 as released."),
+        io.Float.Input(
+            "renorm_min",
+            default=0.0,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            tooltip="It is never scaled below this. 0 as released.",
+        ),
     ]
 
 
@@ -73,18 +112,26 @@ class LanceSampler(io.ComfyNode):
             node_id="LanceSampler",
             display_name="Lance Sampler",
             category=CATEGORY,
-            description="Makes the picture or video. With euler and the defaults, the same numbers as the released code.",
+            description="Makes the picture or video. With euler and the defaults, the same numbers as the "
+            "released code.",
             inputs=[
                 io.Model.Input("model", tooltip="From Lance Loader, LoRAs and patches applied."),
                 io.Conditioning.Input("positive", tooltip="From Lance Text Encode."),
                 io.Conditioning.Input("negative", tooltip="From Lance Text Encode."),
                 io.Latent.Input(
-                    "latent", tooltip="The size: Empty Lance Latent, Lance Image To Video Latent, or Lance Vision Encode for edits."
+                    "latent",
+                    tooltip="The size: Empty Lance Latent, Lance Image To Video Latent, or Lance Vision "
+                    "Encode for edits.",
                 ),
                 _seed(),
                 *_schedule_inputs(),
                 *_guidance_inputs(),
-                io.Combo.Input("sampler", options=comfy.samplers.SAMPLER_NAMES, default="euler", tooltip="euler is the released one."),
+                io.Combo.Input(
+                    "sampler",
+                    options=comfy.samplers.SAMPLER_NAMES,
+                    default="euler",
+                    tooltip="euler is the released one.",
+                ),
                 _denoise(),
             ],
             outputs=[io.Latent.Output("samples", display_name="samples", tooltip="For Lance VAE Decode.")],
@@ -98,7 +145,21 @@ class LanceSampler(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, positive, negative, latent, seed, steps, shift, cfg, cfg_start, cfg_end, renorm, renorm_min, sampler, denoise
+        cls,
+        model,
+        positive,
+        negative,
+        latent,
+        seed,
+        steps,
+        shift,
+        cfg,
+        cfg_start,
+        cfg_end,
+        renorm,
+        renorm_min,
+        sampler,
+        denoise,
     ) -> io.NodeOutput:
         guider = sampling.LanceGuider(model, _guidance(cfg, cfg_start, cfg_end, renorm, renorm_min))
         guider.set_conds(positive, negative)
@@ -162,11 +223,14 @@ class LanceNoise(io.ComfyNode):
             node_id="LanceNoise",
             display_name="Lance Noise",
             category=CATEGORY,
-            description="Lance's own noise, for SamplerCustomAdvanced: the same seed then gives the same result as Lance Sampler.",
+            description="Lance's own noise, for SamplerCustomAdvanced: the same seed then gives the same "
+            "result as Lance Sampler.",
             inputs=[
                 _seed(),
                 io.Conditioning.Input(
-                    "positive", optional=True, tooltip="Needed to match edits and subjects: their references take noise, too."
+                    "positive",
+                    optional=True,
+                    tooltip="Needed to match edits and subjects: their references take noise, too.",
                 ),
             ],
             outputs=[io.Noise.Output("noise", display_name="noise")],

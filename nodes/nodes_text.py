@@ -6,11 +6,11 @@ import comfy.model_management as mm
 import comfy.utils
 from comfy_api.latest import io
 
-from ..lance_core import prompts
-from ..lance_core.answer import Chooser, write
 from ..lance_core.errors import RequestError
-from ..lance_core.prompts import SYSTEM_PROMPTS
-from ..lance_core.request import MAX_NEW_TOKENS, check_text
+from ..lance_core.inputs import prompts
+from ..lance_core.inputs.prompts import SYSTEM_PROMPTS
+from ..lance_core.inputs.tasks import MAX_NEW_TOKENS, check_text
+from ..lance_core.text_generation import Chooser, write
 from . import host
 from .nodes_model import CATEGORY, LANCE, LANCE_VISION
 from .types import QUESTION, Lance, Vision
@@ -25,12 +25,17 @@ class LanceUnderstand(io.ComfyNode):
             node_id="LanceUnderstand",
             display_name="Lance Understand",
             category=CATEGORY,
-            description="Answers a question about a picture or a clip. Loads the understanding half of the model only.",
+            description="Answers a question about a picture or a clip. Loads the understanding half of the "
+            "model only.",
             inputs=[
                 LANCE.Input("lance", tooltip="From Lance Loader."),
                 LANCE_VISION.Input("vision", tooltip="From Lance Vision Encode, role 'question'."),
                 io.String.Input(
-                    "question", multiline=True, dynamic_prompts=True, default="Describe this.", tooltip="What you want to know."
+                    "question",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    default="Describe this.",
+                    tooltip="What you want to know.",
                 ),
                 io.String.Input(
                     "system_prompt",
@@ -39,7 +44,11 @@ class LanceUnderstand(io.ComfyNode):
                     tooltip="Empty: the instruction the weights were trained with.",
                 ),
                 io.Int.Input(
-                    "max_new_tokens", default=256, min=1, max=MAX_NEW_TOKENS, tooltip="The answer is cut here; a token is about a word."
+                    "max_new_tokens",
+                    default=256,
+                    min=1,
+                    max=MAX_NEW_TOKENS,
+                    tooltip="The answer is cut here; a token is about a word.",
                 ),
                 io.Float.Input(
                     "temperature",
@@ -58,7 +67,12 @@ class LanceUnderstand(io.ComfyNode):
                     tooltip="Draws only from the likeliest words that make up this share.",
                 ),
                 io.Int.Input(
-                    "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True, tooltip="For temperatures above 0."
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="For temperatures above 0.",
                 ),
             ],
             outputs=[io.String.Output("answer", display_name="answer")],
@@ -80,10 +94,13 @@ class LanceUnderstand(io.ComfyNode):
     ) -> io.NodeOutput:
         check_text("The question", question)
         if vision.role != QUESTION:
-            raise RequestError(f"The vision has the role {vision.role!r}: set it to 'question' on Lance Vision Encode.")
+            raise RequestError(
+                f"The vision has the role {vision.role!r}: set it to 'question' on Lance Vision Encode."
+            )
         if vision.checkpoint != lance.name:
             raise RequestError(
-                f"The vision was encoded with {vision.checkpoint} and is asked of {lance.name}: use one Lance Loader for both."
+                f"The vision was encoded with {vision.checkpoint} and is asked of {lance.name}: use one "
+                "Lance Loader for both."
             )
         trained = SYSTEM_PROMPTS["x2t_video" if vision.video else "x2t_image"]
         system = system_prompt if system_prompt and system_prompt.strip() else trained
@@ -113,6 +130,8 @@ class LanceUnderstand(io.ComfyNode):
 
 
 def _memory(llm, tokens: int, size: int) -> int:
-    """Bytes beyond the weights: the keys and values of all tokens, and the widest activations of the prompt's pass."""
+    """Bytes beyond the weights: the keys and values of all tokens, and the widest activations of the prompt's
+    pass.
+    """
     kv = 2 * llm.num_kv_heads * llm.head_dim * llm.num_layers
     return tokens * (kv + 3 * llm.intermediate_size + 8 * llm.hidden_size) * size

@@ -1,9 +1,11 @@
-"""Quantised layers as ComfyUI's: counted, cast and offloaded by the host, with LoRAs, undone for each product.
+"""Quantised layers as ComfyUI's: counted, cast and offloaded by the host, with LoRAs, undone for each
+product.
 
-Where the host has layers for quantised weights these are used, with the kernels it undoes them with and its dynamic VRAM; elsewhere
-our own are. Both are weight-only, which the host's are not in every case: 0.29 multiplies int8 weights by activations that it rounds
-to 8 bits, token by token, even where a file asks for full precision. Single channels of a language model's activations can be so much
-larger than the others that those would vanish.
+Where the host has layers for quantised weights these are used, with the kernels it undoes them with and its
+dynamic VRAM; elsewhere our own are. Both are weight-only, which the host's are not in every case: 0.29
+multiplies int8 weights by activations that it rounds to 8 bits, token by token, even where a file asks for
+full precision. Single channels of a language model's activations can be so much larger than the others that
+those would vanish.
 """
 
 from __future__ import annotations
@@ -20,29 +22,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..lance_core.quantize import Format, marker
+from ..lance_core.checkpoint.quantize import Format, marker
 from . import host
 
 HOST_NAMES = {"fp8": "float8_e4m3fn"}  # where files use an older form, which has none
 
 
 class Patches(NamedTuple):
-    """What LoRAs do to one weight, as the host keeps it: all of a patcher's patches, and the weight's key in them."""
+    """What LoRAs do to one weight, as the host keeps it: all of a patcher's patches, and the weight's key in
+    them.
+    """
 
     key: str
     patches: dict
 
 
 def _add(patches: Any, weight: Tensor) -> Tensor:
-    return comfy.lora.calculate_weight(patches.patches[patches.key], weight, patches.key, intermediate_dtype=weight.dtype)
+    return comfy.lora.calculate_weight(
+        patches.patches[patches.key], weight, patches.key, intermediate_dtype=weight.dtype
+    )
 
 
 class Quantised:
     """What quantised layers of either kind share: LoRAs are added to the undone weight, in each product anew.
 
-    Hosts round a patched weight to its format again. For a LoRA of 1 % of a (random) weight's norm that was measured to add, as seen in
-    outputs, 1.2 (int8), 2.3 (fp8) and 18 (nvfp4) times the LoRA's own effect as noise; and int4 cannot be made anew at all. Keeping
-    patched weights unrounded would take two to four times the memory, which the host does not know of. So neither is done.
+    Hosts round a patched weight to its format again. For a LoRA of 1 % of a (random) weight's norm that was
+    measured to add, as seen in outputs, 1.2 (int8), 2.3 (fp8) and 18 (nvfp4) times the LoRA's own effect as
+    noise; and int4 cannot be made anew at all. Keeping patched weights unrounded would take two to four times
+    the memory, which the host does not know of. So neither is done.
     """
 
     format: Format
@@ -52,13 +59,17 @@ class Quantised:
 
     def patched(self, weight: Tensor) -> Tensor:
         """An undone weight with what `PatchesInForward` found to be done to it, and the host has not done."""
-        done = any(hasattr(function, "patches") for function in self.weight_function)  # in a layer that is not fully loaded
+        done = any(
+            hasattr(function, "patches") for function in self.weight_function
+        )  # in a layer that is not fully loaded
         for patches in (None if done else self.lora, self.hook):
             weight = weight if patches is None else _add(patches, weight)
         return weight
 
     def set_weight(self, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
-        """Where a patcher not of ours patches a weight for good, it stays unrounded until the host brings its backup back."""
+        """Where a patcher not of ours patches a weight for good, it stays unrounded until the host brings its
+        backup back.
+        """
         if kwargs.get("return_weight"):
             return weight
         self.weight = nn.Parameter(weight.to(self.patched_dtype), requires_grad=False)
@@ -67,12 +78,16 @@ class Quantised:
 class QuantLinear(Quantised, comfy.ops.manual_cast.Linear):
     """On hosts without such layers. `weight` is the quantised tensor, with its scales beside it."""
 
-    def __init__(self, format: Format, in_features: int, out_features: int, bias: bool, dtype: torch.dtype) -> None:
+    def __init__(
+        self, format: Format, in_features: int, out_features: int, bias: bool, dtype: torch.dtype
+    ) -> None:
         super().__init__(in_features, out_features, bias=bias, device="meta", dtype=dtype)
         self.format, self.patched_dtype = format, dtype
         self.layout = format.layout(out_features, in_features)
         for name, (kind, shape) in self.layout.items():
-            setattr(self, name, nn.Parameter(torch.empty(shape, dtype=kind, device="meta"), requires_grad=False))
+            setattr(
+                self, name, nn.Parameter(torch.empty(shape, dtype=kind, device="meta"), requires_grad=False)
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_comfy_cast_weights(x)
@@ -80,7 +95,11 @@ class QuantLinear(Quantised, comfy.ops.manual_cast.Linear):
     def forward_comfy_cast_weights(self, x: Tensor) -> Tensor:
         weight = mm.cast_to(self.weight, None, x.device)
         if weight.dtype == self.layout["weight"][0]:
-            beside = {name: mm.cast_to(getattr(self, name), None, x.device) for name in self.layout if name != "weight"}
+            beside = {
+                name: mm.cast_to(getattr(self, name), None, x.device)
+                for name in self.layout
+                if name != "weight"
+            }
             weight = self.format.decode({"weight": weight, **beside}, x.dtype)
         else:  # patched for good
             weight = weight.to(x.dtype)
@@ -92,7 +111,9 @@ class QuantLinear(Quantised, comfy.ops.manual_cast.Linear):
         return F.linear(x, self.patched(weight), bias)
 
     def convert_weight(self, weight: Tensor, inplace: bool = False, **kwargs: Any) -> Tensor:
-        """The quantised tensor, in whatever dtype the host has cast it to -> the weight it stands for, float32."""
+        """The quantised tensor, in whatever dtype the host has cast it to -> the weight it stands for,
+        float32.
+        """
         parts = {name: getattr(self, name).to(weight.device) for name in self.layout}
         parts["weight"] = weight.to(self.layout["weight"][0])
         return self.format.decode(parts, torch.float32)
@@ -100,7 +121,9 @@ class QuantLinear(Quantised, comfy.ops.manual_cast.Linear):
 
 @cache
 def host_linear(dtype: torch.dtype) -> type | None:
-    """The host's layer for quantised weights that undoes them to a dtype, with our LoRAs; None where it has none."""
+    """The host's layer for quantised weights that undoes them to a dtype, with our LoRAs; None where it has
+    none.
+    """
     base = host.quantised_linear(dtype)
     return base and type("HostQuantLinear", (_HostLinear, base), {})
 
@@ -108,18 +131,29 @@ def host_linear(dtype: torch.dtype) -> type | None:
 class _HostLinear(Quantised):
     """In front of the host's layer, whose `weight` is a tensor that knows its scales and how it is undone."""
 
-    def __init__(self, format: Format, in_features: int, out_features: int, bias: bool, dtype: torch.dtype) -> None:
-        super().__init__(in_features, out_features, bias=bias)  # without a device: the host brings what is loaded to it
+    def __init__(
+        self, format: Format, in_features: int, out_features: int, bias: bool, dtype: torch.dtype
+    ) -> None:
+        super().__init__(
+            in_features, out_features, bias=bias
+        )  # without a device: the host brings what is loaded to it
         self.format, self.patched_dtype, self.matrix = format, dtype, (out_features, in_features)
 
     def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *args: Any) -> None:
         named = replace(self.format, host=self.format.host or HOST_NAMES[self.format.name])
         try:
             super()._load_from_state_dict({**state, f"{prefix}comfy_quant": marker(named)}, prefix, *args)
-        except (KeyError, ValueError):  # the host cannot undo this format: it is told how (names are checked in Checkpoint)
+        except (
+            KeyError,
+            ValueError,
+        ):  # the host cannot undo this format: it is told how (names are checked in Checkpoint)
             parts = {name: state[prefix + name] for name in self.format.layout(*self.matrix)}
             weight = host.quantised_tensor(self.format, parts, self.matrix, self.patched_dtype)
-            self.weight, self.quant_format, self._full_precision_mm = nn.Parameter(weight, requires_grad=False), named.host, True
+            self.weight, self.quant_format, self._full_precision_mm = (
+                nn.Parameter(weight, requires_grad=False),
+                named.host,
+                True,
+            )
             if self.bias is not None:
                 self.bias = nn.Parameter(state[f"{prefix}bias"], requires_grad=False)
 
@@ -151,10 +185,16 @@ class PatchesInForward(host.Behaviour):
         return layer if isinstance(layer, Quantised) else None
 
     def _layers(self) -> dict[str, Quantised]:
-        return {f"{name}.weight": layer for name, layer in self.model.named_modules() if isinstance(layer, Quantised)}
+        return {
+            f"{name}.weight": layer
+            for name, layer in self.model.named_modules()
+            if isinstance(layer, Quantised)
+        }
 
     def model_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Without the scales, which newer hosts name here and then do not find when they look for what a hook may patch."""
+        """Without the scales, which newer hosts name here and then do not find when they look for what a hook
+        may patch.
+        """
         layers = self._layers()
         scale = lambda k: f"{k.rpartition('.')[0]}.weight" in layers and not k.endswith((".weight", ".bias"))  # noqa: E731
         return {k: v for k, v in super().model_state_dict(*args, **kwargs).items() if not scale(k)}

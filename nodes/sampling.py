@@ -11,14 +11,16 @@ import torch
 from torch import Tensor
 
 from ..lance_core.errors import NumericsError, RequestError
-from ..lance_core.sampler import Guidance, schedule, seeded_noise
+from ..lance_core.model.sampler import Guidance, schedule, seeded_noise
 from .conditioning import KEY, Prompt
 from .model import LanceModel
 from .vision import check_latent
 
 
 def sigmas(steps: int, shift: float, denoise: float) -> Tensor:
-    """Times from 1 (or, for denoise < 1, from part of the way) to 0; the exact schedule of the released code at denoise 1."""
+    """Times from 1 (or, for denoise < 1, from part of the way) to 0; the exact schedule of the released code
+    at denoise 1.
+    """
     if not 0 < denoise <= 1:
         raise RequestError(f"denoise is {denoise}, expected above 0 and at most 1.")
     return schedule(int(steps / denoise), shift)[-(steps + 1) :]
@@ -28,7 +30,8 @@ def require_lance(patcher: Any) -> None:
     """Refuse a MODEL of another family."""
     if not isinstance(patcher.model, LanceModel):
         raise RequestError(
-            f"This node samples Lance and the model connected is {type(patcher.model).__name__}: connect the MODEL of Lance Loader."
+            f"This node samples Lance and the model connected is {type(patcher.model).__name__}: connect "
+            "the MODEL of Lance Loader."
         )
 
 
@@ -43,23 +46,31 @@ class LanceGuider(comfy.samplers.CFGGuider):
         if guidance.active and "sampler_cfg_function" in self.model_options:
             logging.warning("Lance guidance replaces the CFG function another node has put on the model.")
 
-    def predict_noise(self, x: Tensor, timestep: Tensor, model_options: dict | None = None, seed: int | None = None) -> Tensor:
+    def predict_noise(
+        self, x: Tensor, timestep: Tensor, model_options: dict | None = None, seed: int | None = None
+    ) -> Tensor:
         options = dict(model_options or {})
         active = self.guidance.applies(timestep.flatten()[0].float().cpu())
         if active:
             options["sampler_cfg_function"] = self._combine
         positive, negative = self.conds.get("positive"), self.conds.get("negative")
         scale = self.guidance.scale if active else 1.0
-        return comfy.samplers.sampling_function(self.inner_model, x, timestep, negative, positive, scale, model_options=options, seed=seed)
+        return comfy.samplers.sampling_function(
+            self.inner_model, x, timestep, negative, positive, scale, model_options=options, seed=seed
+        )
 
     def _combine(self, args: dict[str, Any]) -> Tensor:
-        """Host protocol: "cond" and "uncond" are x - denoised, velocity times sigma, so the ratio of norms is the velocity's."""
+        """Host protocol: "cond" and "uncond" are x - denoised, velocity times sigma, so the ratio of norms is
+        the velocity's.
+        """
         floor = 1e-8 * args["sigma"].flatten()[0].float()
         return self.guidance.combine(args["cond"].float(), args["uncond"].float(), channels=1, floor=floor)
 
 
 class LanceNoise:
-    """NOISE in the layout Lance was trained with: a row per token, references first; result i of a batch has seed + i."""
+    """NOISE in the layout Lance was trained with: a row per token, references first; result i of a batch has
+    seed + i.
+    """
 
     def __init__(self, seed: int, references: int = 0) -> None:
         self.seed, self.references = seed, references
@@ -91,7 +102,9 @@ def fit_latent(patcher: Any, latent: dict[str, Any]) -> dict[str, Any]:
     return {**latent, "samples": samples.unsqueeze(2) if samples.ndim == 4 else samples}
 
 
-def sample(guider: LanceGuider, noise: LanceNoise, sampler: str, times: Tensor, latent: dict[str, Any], callback: Any) -> dict[str, Any]:
+def sample(
+    guider: LanceGuider, noise: LanceNoise, sampler: str, times: Tensor, latent: dict[str, Any], callback: Any
+) -> dict[str, Any]:
     """Run one of ComfyUI's samplers; returns the LATENT."""
     latent = fit_latent(guider.model_patcher, latent)
     samples = guider.sample(
@@ -105,6 +118,7 @@ def sample(guider: LanceGuider, noise: LanceNoise, sampler: str, times: Tensor, 
     )
     if not bool(torch.isfinite(samples).all()):
         raise NumericsError(
-            "Denoising gave NaN or infinity: the checkpoint is damaged, or fp16 overflowed; choose bf16 as the loader's weight dtype."
+            "Denoising gave NaN or infinity: the checkpoint is damaged, or fp16 overflowed; choose bf16 as "
+            "the loader's weight dtype."
         )
     return {**latent, "samples": samples.to("cpu")}

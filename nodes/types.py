@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from ..lance_core.config import LanceConfig
-from ..lance_core.model import DualExpert
-from ..lance_core.prompts import Tokenizer
-from ..lance_core.sequence import Segment
+from ..lance_core.inputs.tokenizer import Tokenizer
+from ..lance_core.model.dual_expert import DualExpert
+from ..lance_core.model.sequence import Segment
 from . import host
 
 EDIT, SUBJECT, QUESTION = "edit source", "subject reference", "question"
@@ -19,7 +19,8 @@ ROLES = (EDIT, SUBJECT, QUESTION)
 
 @dataclass(eq=False)
 class Lance:
-    """What reads: the understanding expert and the vision tower, each with its own patcher, and the tokeniser.
+    """What reads: the understanding expert and the vision tower, each with its own patcher, and the
+    tokeniser.
 
     compute: dtype of activations. name: of the checkpoint, for messages.
     """
@@ -37,14 +38,22 @@ class Lance:
 
     def reader(self) -> DualExpert:
         """The understanding expert alone; load its patcher first."""
-        return DualExpert(self.config.llm, self.und.model, None, attention=host.attention, dtype=self.compute, device=self.und.load_device)
+        return DualExpert(
+            self.config.llm,
+            self.und.model,
+            None,
+            attention=host.attention,
+            dtype=self.compute,
+            device=self.und.load_device,
+        )
 
 
 @dataclass(eq=False)
 class Vision:
     """Pictures and clips as the model reads them.
 
-    segments: per picture its ViT block and, unless it is for a question, its clean latent. video: a clip is among them.
+    segments: per picture its ViT block and, unless it is for a question, its clean latent. video: a clip is
+    among them.
     """
 
     role: str

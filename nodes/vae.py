@@ -12,11 +12,11 @@ import comfy.sd
 import torch
 from torch import Tensor
 
-from ..lance_core.checkpoint import Checkpoint
+from ..lance_core.checkpoint.checkpoint import Checkpoint
 from ..lance_core.config import VAEConfig
 from ..lance_core.errors import CheckpointError
-from ..lance_core.vae import WanVAE
-from ..lance_core.vae_memory import decode_bytes, encode_bytes
+from ..lance_core.vae.memory import decode_bytes, encode_bytes
+from ..lance_core.vae.wan import WanVAE
 from . import host
 
 
@@ -24,13 +24,19 @@ class FirstStage(WanVAE):
     """The VAE with the two methods ComfyUI calls."""
 
     def encode(self, pixels: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """[b, 3, T, H, W] in -1..1 -> mean latent; frames past the last 4k+1 are dropped, as the stock VAE does."""
+        """[b, 3, T, H, W] in -1..1 -> mean latent; frames past the last 4k+1 are dropped, as the stock VAE
+        does.
+        """
         keep = (pixels.shape[2] - 1) // 4 * 4 + 1
-        return super().encode(pixels[:, :, :keep], progress=host.progress(), check=mm.throw_exception_if_processing_interrupted)
+        return super().encode(
+            pixels[:, :, :keep], progress=host.progress(), check=mm.throw_exception_if_processing_interrupted
+        )
 
     def decode(self, latent: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Un-normalised latent -> pixels [b, 3, T, H, W] in -1..1."""
-        return super().decode(latent, progress=host.progress(), check=mm.throw_exception_if_processing_interrupted)
+        return super().decode(
+            latent, progress=host.progress(), check=mm.throw_exception_if_processing_interrupted
+        )
 
 
 def _to_pixels(image: Tensor) -> Tensor:
@@ -64,9 +70,16 @@ class LanceVAE(comfy.sd.VAE):
         self.crop_input = True
         self.extra_1d_channel = self.pad_channel_value = self.audio_sample_rate = None
         self.handles_tiling, self.format_encoded = False, None
-        self.first_stage_model = FirstStage(config, host.operations(self.vae_dtype, self.vae_dtype), device="meta").eval()
+        self.first_stage_model = FirstStage(
+            config, host.operations(self.vae_dtype, self.vae_dtype), device="meta"
+        ).eval()
         self.patcher = host.make_patcher(self.first_stage_model, None, self.device, mm.vae_offload_device())
-        host.fill(self.patcher, self.first_stage_model, checkpoint.tensors("vae", self.vae_dtype), len(checkpoint.parts["vae"].tensors))
+        host.fill(
+            self.patcher,
+            self.first_stage_model,
+            checkpoint.tensors("vae", self.vae_dtype),
+            len(checkpoint.parts["vae"].tensors),
+        )
         self.size = self.patcher.size
 
 
@@ -79,4 +92,6 @@ def _five(shape: Any) -> tuple[int, ...]:
 def _encode_memory(config: VAEConfig, shape: Any, dtype: torch.dtype) -> int:
     b, c, t, h, w = _five(shape)
     cell = config.spatial_ratio
-    return encode_bytes(config, (b, c, (t - 1) // 4 * 4 + 1, max(cell, h // cell * cell), max(cell, w // cell * cell)), dtype)
+    return encode_bytes(
+        config, (b, c, (t - 1) // 4 * 4 + 1, max(cell, h // cell * cell), max(cell, w // cell * cell)), dtype
+    )

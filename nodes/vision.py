@@ -1,4 +1,6 @@
-"""IMAGE and VIDEO -> what the model reads: the vision tower's blocks and clean latents, through ComfyUI's models."""
+"""IMAGE and VIDEO -> what the model reads: the vision tower's blocks and clean latents, through ComfyUI's
+models.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..lance_core import media, preprocess
 from ..lance_core.config import OUTPUT_FPS
 from ..lance_core.errors import NumericsError, RequestError
-from ..lance_core.sequence import Kind, Role, Segment
+from ..lance_core.inputs import media, preprocess
+from ..lance_core.model.sequence import Kind, Role, Segment
 from . import host
 from .types import EDIT, QUESTION, Lance, Vision
 
@@ -20,15 +22,21 @@ LATENT_CHANNELS = comfy.latent_formats.Wan22.latent_channels
 
 
 def to_bytes(images: Tensor, mask: Tensor | None = None) -> np.ndarray:
-    """IMAGE [n, h, w, c] in 0..1 -> uint8 [n, h, w, 3]; where mask (1 is transparent) says so, white shows through."""
+    """IMAGE [n, h, w, c] in 0..1 -> uint8 [n, h, w, 3]; where mask (1 is transparent) says so, white shows
+    through.
+    """
     images = images.float().cpu()
     if not bool(torch.isfinite(images).all()):
         raise NumericsError("The image has NaN or infinity in it; look at the node it comes from.")
-    if mask is not None and bool(mask.any()):  # Load Image gives an empty one of 64x64 with a picture that has none
+    if mask is not None and bool(
+        mask.any()
+    ):  # Load Image gives an empty one of 64x64 with a picture that has none
         mask = mask.float().cpu().reshape(-1, *mask.shape[-2:])
         if mask.shape[1:] != images.shape[1:3]:
             sizes = [f"{t.shape[2]}x{t.shape[1]}" for t in (mask, images)]
-            raise RequestError(f"The mask is {sizes[0]} and the image {sizes[1]}: connect the mask of the same image.")
+            raise RequestError(
+                f"The mask is {sizes[0]} and the image {sizes[1]}: connect the mask of the same image."
+            )
         images = torch.cat([images[..., :3], (1 - mask)[..., None].expand(len(images), -1, -1, -1)], dim=-1)
     levels = (images * 255).round().clamp(0, 255).to(torch.uint8).numpy()
     if levels.shape[-1] == 4:  # as the core does it, so that the same picture gives the same bytes
@@ -39,7 +47,8 @@ def to_bytes(images: Tensor, mask: Tensor | None = None) -> np.ndarray:
 def clip_of(video) -> np.ndarray:
     """The frames of a VIDEO the model sees, uint8 [n, h, w, 3].
 
-    A file is read as the core reads it: hosts turn colours into RGB in different ways, and hold every frame in memory.
+    A file is read as the core reads it: hosts turn colours into RGB in different ways, and hold every frame
+    in memory.
     """
     file = host.video_file(video)
     if file is not None:
@@ -54,7 +63,9 @@ def thin(images: Tensor, fps: float) -> np.ndarray:
 
 
 def clips_of(images: Tensor | None, video, role: str, mask: Tensor | None) -> tuple[list[np.ndarray], bool]:
-    """Clips uint8 [n, h, w, 3] to encode, and whether they are video: several images are references or a clip's frames."""
+    """Clips uint8 [n, h, w, 3] to encode, and whether they are video: several images are references or a
+    clip's frames.
+    """
     if (images is None) == (video is None):
         raise RequestError("Connect an image or a video to Lance Vision Encode, one of the two.")
     if video is not None:
@@ -64,7 +75,15 @@ def clips_of(images: Tensor | None, video, role: str, mask: Tensor | None) -> tu
     return [frame[None] for frame in to_bytes(images, mask)], False
 
 
-def encode(lance: Lance, vae, clips: list[np.ndarray], video: bool, role: str, resolution: str, earlier: Vision | None) -> Vision:
+def encode(
+    lance: Lance,
+    vae,
+    clips: list[np.ndarray],
+    video: bool,
+    role: str,
+    resolution: str,
+    earlier: Vision | None,
+) -> Vision:
     """Run the vision tower and, unless for a question, the VAE over the clips."""
     check_roles(lance, video, role, earlier, len(clips), vae)
     segments = list(earlier.segments) if earlier else []
@@ -80,17 +99,30 @@ def encode(lance: Lance, vae, clips: list[np.ndarray], video: bool, role: str, r
 def check_roles(lance: Lance, video: bool, role: str, earlier: Vision | None, count: int, vae) -> None:
     """Refuse what no task of the model takes, with the way out."""
     if earlier is not None and earlier.role != role:
-        raise RequestError(f"The earlier vision is for the role {earlier.role!r} and this one for {role!r}: use one role for all of them.")
+        raise RequestError(
+            f"The earlier vision is for the role {earlier.role!r} and this one for {role!r}: use one role "
+            "for all of them."
+        )
     if earlier is not None and role != "subject reference":
-        raise RequestError(f"One picture or clip is all a {role} takes; only subject references can be appended to an earlier vision.")
+        raise RequestError(
+            f"One picture or clip is all a {role} takes; only subject references can be appended to an "
+            "earlier vision."
+        )
     if video and role == "subject reference":
-        raise RequestError("Subject references are images: take a frame of the video (Get Video Components, then an image).")
+        raise RequestError(
+            "Subject references are images: take a frame of the video (Get Video Components, then an image)."
+        )
     if video and lance.config.variant == "image":
-        raise RequestError(f"{lance.name} is the image checkpoint and cannot read video: load Lance_3B_Video.")
+        raise RequestError(
+            f"{lance.name} is the image checkpoint and cannot read video: load Lance_3B_Video."
+        )
     if role != QUESTION and vae is None:
         raise RequestError(f"Connect a VAE: a {role} is also encoded as a latent.")
     if lance.vit is None:
-        raise RequestError(f"{lance.name} came without its vision tower: put the folder Qwen2.5-VL-ViT beside it and load it again.")
+        raise RequestError(
+            f"{lance.name} came without its vision tower: put the folder Qwen2.5-VL-ViT beside it and load "
+            "it again."
+        )
 
 
 def see(lance: Lance, clip: np.ndarray, resolution: str, role: Role) -> Segment:
@@ -101,19 +133,32 @@ def see(lance: Lance, clip: np.ndarray, resolution: str, role: Role) -> Segment:
     mm.load_models_gpu([lance.vit], memory_required=_vit_memory(config, len(patches), lance.compute))
     embeds = lance.vit.model(patches.to(device, lance.compute), [grid], progress=host.progress())
     if not bool(torch.isfinite(embeds).all()):
-        raise NumericsError("The vision tower gave NaN or infinity: the checkpoint is damaged, or fp16 overflowed; try bf16.")
+        raise NumericsError(
+            "The vision tower gave NaN or infinity: the checkpoint is damaged, or fp16 overflowed; try bf16."
+        )
     merge = config.spatial_merge_size
-    return Segment(Kind.SEEN, role, grid=(grid[0], grid[1] // merge, grid[2] // merge), data=embeds.to(mm.intermediate_device()))
+    return Segment(
+        Kind.SEEN,
+        role,
+        grid=(grid[0], grid[1] // merge, grid[2] // merge),
+        data=embeds.to(mm.intermediate_device()),
+    )
 
 
 def _vit_memory(config, patches: int, dtype: torch.dtype) -> int:
-    """Bytes of activations: the widest moment is the feed-forward's three tensors beside the residual stream and q, k, v."""
+    """Bytes of activations: the widest moment is the feed-forward's three tensors beside the residual stream
+    and q, k, v.
+    """
     return patches * (3 * config.intermediate_size + 8 * config.hidden_size) * dtype.itemsize
 
 
 def latent_of(vae, clip: np.ndarray, resolution: str) -> Tensor:
     """Normalised latent, float32 [t, h, w, 48], of a clip brought to the preset's size, by any Wan2.2 VAE."""
-    return normalised(encode_frames(vae, preprocess.vae_frames(clip, resolution)))[0].permute(1, 2, 3, 0).contiguous()
+    return (
+        normalised(encode_frames(vae, preprocess.vae_frames(clip, resolution)))[0]
+        .permute(1, 2, 3, 0)
+        .contiguous()
+    )
 
 
 def encode_frames(vae, frames: np.ndarray) -> Tensor:
@@ -121,7 +166,9 @@ def encode_frames(vae, frames: np.ndarray) -> Tensor:
     check_vae(vae)
     latent = vae.encode(torch.from_numpy(frames.astype(np.float32)) / 255)
     if not bool(torch.isfinite(latent).all()):
-        raise NumericsError("The VAE gave NaN or infinity while encoding: its file is damaged, or fp16 overflowed.")
+        raise NumericsError(
+            "The VAE gave NaN or infinity while encoding: its file is damaged, or fp16 overflowed."
+        )
     return latent
 
 
@@ -140,14 +187,17 @@ def decode_latent(vae, samples: Tensor) -> Tensor:
 def check_vae(vae) -> None:
     """Refuse a VAE that is not Wan2.2's."""
     if getattr(vae, "latent_channels", None) != LATENT_CHANNELS:
-        raise RequestError("This VAE is not Wan2.2's: connect the VAE of Lance Loader, or load wan2.2_vae.safetensors.")
+        raise RequestError(
+            "This VAE is not Wan2.2's: connect the VAE of Lance Loader, or load wan2.2_vae.safetensors."
+        )
 
 
 def check_latent(samples: Tensor) -> None:
     """Refuse another model's latent."""
     if samples.ndim not in (4, 5) or samples.shape[1] != LATENT_CHANNELS:
         raise RequestError(
-            f"The latent has shape {list(samples.shape)}, Lance's have [batch, {LATENT_CHANNELS} channels, frames, height, width]: "
+            f"The latent has shape {list(samples.shape)}, Lance's have [batch, {LATENT_CHANNELS} channels, "
+            "frames, height, width]: "
             "connect the latent of a sampler that ran Lance; to start with, use Empty Lance Latent."
         )
 

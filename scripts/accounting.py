@@ -1,4 +1,5 @@
-"""Counting memory: every storage of a run, once, while something refers to it; or CUDA's own count of the same.
+"""Counting memory: every storage of a run, once, while something refers to it; or CUDA's own count of the
+same.
 
 Fused kernels are counted by their results, plus what they are known to need: a convolution's reordered input,
 attention's row sums. Masked attention is counted spelled out, as torch runs it on most cards.
@@ -54,7 +55,9 @@ class Accountant(TorchDispatchMode):
         return result
 
     def _attention(self, func: Any, args: tuple, kwargs: dict) -> Tensor:
-        """Fused: the result and a number per row. Masked, or with heads too wide: every step of the textbook form."""
+        """Fused: the result and a number per row. Masked, or with heads too wide: every step of the textbook
+        form.
+        """
         q, k, v = args[:3]
         mask = kwargs.get("attn_mask", args[3] if len(args) > 3 else None)
         if self.device.type == "meta" and (mask is not None or q.shape[-1] > FLASH_WIDTH):
@@ -67,7 +70,9 @@ class Accountant(TorchDispatchMode):
         return result
 
     def _spelled_out(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """torch's unfused attention: float32 copies, keys and values repeated for every query head, scores twice."""
+        """torch's unfused attention: float32 copies, keys and values repeated for every query head, scores
+        twice.
+        """
         dtype = q.dtype
         with self:
             q, k, v = q.float(), k.float(), v.float()
@@ -97,7 +102,9 @@ class Accountant(TorchDispatchMode):
         del self.refs[key]
 
     def _grow(self, extra: int, label: str) -> None:
-        """Note the peak, `extra` bytes of workspace counted; remember what is alive when it has grown noticeably."""
+        """Note the peak, `extra` bytes of workspace counted; remember what is alive when it has grown
+        noticeably.
+        """
         self.peak = max(self.peak, self.total + extra)
         if self.peak > self._taken * 1.002:
             self._taken = self.peak

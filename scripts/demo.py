@@ -1,4 +1,5 @@
-"""`make demo`: a picture from text and an edit of a real photo, on random weights; in ComfyUI where one can be had.
+"""`make demo`: a picture from text and an edit of a real photo, on random weights; in ComfyUI where one can
+be had.
 
 Where there is no ComfyUI (no network, LANCE_HOST=off), the same two through the command line.
 """
@@ -17,13 +18,19 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-import host
+import comfyui
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "demo"
 WORKFLOWS = ROOT / "workflows" / "api"
-SMALLER = {"steps": 12, "size": "custom", "width": 512, "height": 512, "resolution": "image_512res"}  # quick on a CPU
+SMALLER = {
+    "steps": 12,
+    "size": "custom",
+    "width": 512,
+    "height": 512,
+    "resolution": "image_512res",
+}  # quick on a CPU
 SECONDS = 300
 
 
@@ -78,15 +85,15 @@ def queue(url: str, name: str, process: subprocess.Popen) -> Path:
     return OUT / "comfyui" / "output" / saved[0]["subfolder"] / saved[0]["filename"]
 
 
-def in_comfyui(found: host.Host) -> list[Path]:
+def in_comfyui(found: comfyui.Host) -> list[Path]:
     """Start ComfyUI headless with the pack in it, run two workflows, stop it."""
-    base = host.lay_out(OUT / "comfyui", models={"lance": OUT / "models"})
+    base = comfyui.lay_out(OUT / "comfyui", models={"lance": OUT / "models"})
     shutil.copy(OUT / "photo.png", base / "input" / "example.png")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
-    command = [found.python, found.path / "main.py", *host.arguments(base), "--port", port]
+    command = [found.python, found.path / "main.py", *comfyui.arguments(base), "--port", port]
     print(f"starting ComfyUI {found.version} ({found.path}) on {url}", flush=True)
     with (
         open(OUT / "comfyui.log", "wb") as log,
@@ -106,27 +113,38 @@ def on_the_command_line() -> list[Path]:
     size = ("--width", "512", "--height", "512", "--steps", "12")
     lance("t2i", "a lighthouse in a storm, oil on canvas", "-o", str(pictures[0]), *size, *model)
     edit = ("--resolution", "image_512res", "--steps", "12")
-    lance("image_edit", "make it a watercolour", str(OUT / "photo.png"), "-o", str(pictures[1]), *edit, *model)
+    lance(
+        "image_edit", "make it a watercolour", str(OUT / "photo.png"), "-o", str(pictures[1]), *edit, *model
+    )
     return pictures
 
 
 def main() -> None:
-    """Write the tiny checkpoint, make two pictures, say where they are, how they were made and what they are worth."""
+    """Write the tiny checkpoint, make two pictures, say where they are, how they were made and what they are
+    worth.
+    """
     shutil.rmtree(OUT, ignore_errors=True)
     OUT.mkdir()
     photo(OUT / "photo.png")
     lance("tiny", str(OUT / "models"))
     mode = os.environ.get("LANCE_HOST", "auto")
     try:
-        found = host.prepare(may_build=mode == "auto") if mode != "off" else None
+        found = comfyui.prepare(may_build=mode == "auto") if mode != "off" else None
         reason = "LANCE_HOST=off"
-    except host.HostUnavailableError as error:
+    except comfyui.HostUnavailableError as error:
         found, reason = None, str(error)
     pictures = in_comfyui(found) if found else on_the_command_line()
-    how = f"through the API of ComfyUI {found.version}" if found else f"on the command line, because there is no ComfyUI ({reason})"
-    print(f"\nTwo pictures were made {how}:\n  {pictures[0]}\n  {pictures[1]}  (an edit of {OUT / 'photo.png'})")
+    how = (
+        f"through the API of ComfyUI {found.version}"
+        if found
+        else f"on the command line, because there is no ComfyUI ({reason})"
+    )
     print(
-        "They show noise: this checkpoint's weights are random, made here so that everything can be tried without 25 GB.\n"
+        f"\nTwo pictures were made {how}:\n  {pictures[0]}\n  {pictures[1]}  (an edit of {OUT / 'photo.png'})"
+    )
+    print(
+        "They show noise: this checkpoint's weights are random, made here so that everything can be tried "
+        "without 25 GB.\n"
         "The real weights are on Hugging Face, bytedance-research/Lance; README.md says where to put them."
     )
 

@@ -2,11 +2,12 @@
 
     python scripts/measure_loading.py [--layers N] [--cases image fp8] [--json FILE]
 
-Writes sparse files with the released names, shapes and dtypes and no contents (they take no disk space and read as
-zeros), loads each in a fresh process through lance_core, and compares: the process's peak resident memory (VmHWM)
-with the bound of result + largest tensor + 500 MB; the time with that of plainly reading the same bytes, each tensor into
-new memory of its own that is dropped after (and, for comparison, all into one small buffer that never leaves the cache).
-The kernel makes the zeros in memory, so both times are those of a warm page cache, however large the file. Linux only.
+Writes sparse files with the released names, shapes and dtypes and no contents (they take no disk space and
+read as zeros), loads each in a fresh process through lance_core, and compares: the process's peak resident
+memory (VmHWM) with the bound of result + largest tensor + 500 MB; the time with that of plainly reading the
+same bytes, each tensor into new memory of its own that is dropped after (and, for comparison, all into one
+small buffer that never leaves the cache). The kernel makes the zeros in memory, so both times are those of a
+warm page cache, however large the file. Linux only.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 from measure_memory import RELEASED, build, table  # noqa: E402
 
-from lance_core import tiny  # noqa: E402
-from lance_core.bench_tools import free_memory  # noqa: E402
-from lance_core.checkpoint import VAE_FILES, VIT_FILE, VIT_FOLDER, Checkpoint  # noqa: E402
-from lance_core.config import IMAGE_TABLE_ROWS, LanceConfig, to_json  # noqa: E402
-from lance_core.quantize import FORMATS, stored_names  # noqa: E402
-from lance_core.weights import DTYPES  # noqa: E402
+from lance_core.bench.device import free_memory
+from lance_core.checkpoint import tiny
+from lance_core.checkpoint.checkpoint import VAE_FILES, VIT_FILE, VIT_FOLDER, Checkpoint, released_name
+from lance_core.checkpoint.quantize import FORMATS, stored_names
+from lance_core.checkpoint.tensor_files import DTYPES
+from lance_core.config import IMAGE_TABLE_ROWS, LanceConfig, to_json
 
 ALLOWANCE = 500 * 10**6  # bytes over the result and the largest tensor
 RATIO = 1.5  # of the time of reading
@@ -64,10 +65,14 @@ class Case:
 CASES = [Case("image", "fp32"), Case("video", "fp32", True), *(Case(f, f) for f in ("bf16", *FORMATS))]
 
 
-# -- sparse files -----------------------------------------------------------------------------------------------------
+# -- sparse files --------------------------------------------------------------------------------------------
 
 
-def write_sparse(path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str] | None = None) -> int:
+def write_sparse(
+    path: Path,
+    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    metadata: Mapping[str, str] | None = None,
+) -> int:
     """A safetensors file of that layout whose contents are a hole. Returns its size in bytes."""
     names = {dtype: name for name, dtype in DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
@@ -92,7 +97,7 @@ def layout(part: str, config: LanceConfig, stored: str) -> Tensors:
         if stored in FORMATS:
             name = f"{owner}.{stored_names(FORMATS[stored], [leaf])[leaf]}" if owner else leaf
         prefix = {"vit": "vit_model.", "vae": "vae."}.get(part)
-        name = prefix + name if prefix else tiny.released_name(name, part == "gen")
+        name = prefix + name if prefix else released_name(name, part == "gen")
         found[name] = (torch.float32 if stored == "fp32" else tensor.dtype, tuple(tensor.shape))
     return found
 
@@ -100,14 +105,23 @@ def layout(part: str, config: LanceConfig, stored: str) -> Tensors:
 def write_case(folder: Path, case: Case, config: LanceConfig) -> Path:
     """The checkpoint of a case, under `folder`. Returns what to open."""
     folder.mkdir(parents=True)
-    model = {name: entry for part in ("und", "gen") for name, entry in layout(part, config, case.stored).items()}
+    model = {
+        name: entry for part in ("und", "gen") for name, entry in layout(part, config, case.stored).items()
+    }
     vit, vae = (layout(part, config, case.stored) for part in ("vit", "vae"))
     with tempfile.TemporaryDirectory() as small:
         donor = tiny.write(Path(small) / "tiny") / "Lance_3B"
-        raw = json.loads((donor / "llm_config.json").read_text(encoding="utf-8")) | tiny.llm_json(config.llm, config.vit)
+        raw = json.loads((donor / "llm_config.json").read_text(encoding="utf-8")) | tiny.llm_json(
+            config.llm, config.vit
+        )
         if case.stored != "fp32":
             tokenizer = json.loads((donor / "tokenizer.json").read_text(encoding="utf-8"))
-            told = {"llm_config": raw, "tokenizer": tokenizer, "variant": "video", "vit_config": to_json(config.vit)}
+            told = {
+                "llm_config": raw,
+                "tokenizer": tokenizer,
+                "variant": "video",
+                "vit_config": to_json(config.vit),
+            }
             mark = {"scaled_fp8": (torch.float8_e4m3fn, (0,))} if case.stored == "fp8" else {}
             path = folder / f"lance_{case.stored}.safetensors"
             write_sparse(path, model | vit | vae | mark, {"format": "pt", "lance": json.dumps(told)})
@@ -121,12 +135,15 @@ def write_case(folder: Path, case: Case, config: LanceConfig) -> Path:
     if not case.video:
         (folder / VIT_FOLDER).mkdir()
         (folder / VIT_FOLDER / "config.json").write_text(json.dumps(to_json(config.vit)), encoding="utf-8")
-        write_sparse(folder / VIT_FOLDER / VIT_FILE, {name.removeprefix("vit_model."): entry for name, entry in vit.items()})
+        write_sparse(
+            folder / VIT_FOLDER / VIT_FILE,
+            {name.removeprefix("vit_model."): entry for name, entry in vit.items()},
+        )
     write_sparse(folder / VAE_FILES[1], {name.removeprefix("vae."): entry for name, entry in vae.items()})
     return home
 
 
-# -- one process ------------------------------------------------------------------------------------------------------
+# -- one process ---------------------------------------------------------------------------------------------
 
 
 def status(field: str) -> int:
@@ -166,15 +183,25 @@ def read(path: Path, parts: list[str]) -> dict[str, Any]:
     buffer = torch.empty(BUFFER, dtype=torch.uint8)
     times = {"warm_up": 0.0, "read_seconds": 0.0, "buffer_seconds": 0.0}
     with ExitStack() as stack:
-        files = {name: stack.enter_context(open(name, "rb", buffering=0)) for name in {name for name, _, _ in ranges}}
+        files = {
+            name: stack.enter_context(open(name, "rb", buffering=0))
+            for name in {name for name, _, _ in ranges}
+        }
         for what in times:
             began = time.perf_counter()
             for name, start, size in ranges:
                 files[name].seek(start)
-                # From the system, as the memory of weights that stay is; the allocator would hand out used memory again.
-                into = torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8) if what == "read_seconds" else buffer
+                # From the system, as the memory of weights that stay is; the allocator would hand out used
+                # memory again.
+                into = (
+                    torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
+                    if what == "read_seconds"
+                    else buffer
+                )
                 for part in (
-                    into.split(BUFFER) if what == "read_seconds" else [buffer[: min(BUFFER, size - at)] for at in range(0, size, BUFFER)]
+                    into.split(BUFFER)
+                    if what == "read_seconds"
+                    else [buffer[: min(BUFFER, size - at)] for at in range(0, size, BUFFER)]
                 ):
                     files[name].readinto(memoryview(part.numpy()))
             times[what] = time.perf_counter() - began
@@ -190,7 +217,7 @@ def fresh(what: str, path: Path, parts: list[str]) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
-# -- report -----------------------------------------------------------------------------------------------------------
+# -- report --------------------------------------------------------------------------------------------------
 
 
 def measure(case: Case, config: LanceConfig, parts: list[str], repeat: int, folder: Path) -> dict[str, Any]:
@@ -214,7 +241,10 @@ def report(results: list[dict[str, Any]]) -> str:
         ratio = one["seconds"] / one["read_seconds"]
         numbers = [f"{one[key] / 1e9:.2f}" for key in ("read", "result", "largest", "peak")]
         verdict = (f"{grown / 1e9:.2f}{' (over)' if grown > bound else ''}", f"{bound / 1e9:.2f}")
-        times = [f"{one['opening_seconds']:.2f}", *(f"{one[key]:.1f}" for key in ("seconds", "read_seconds", "buffer_seconds"))]
+        times = [
+            f"{one['opening_seconds']:.2f}",
+            *(f"{one[key]:.1f}" for key in ("seconds", "read_seconds", "buffer_seconds")),
+        ]
         times.append(f"{ratio:.2f}{' (over)' if ratio > RATIO else ''}")
         rows.append([one["case"], *numbers, *verdict, *times])
     head = [
@@ -242,29 +272,55 @@ def main() -> None:
         print(json.dumps({"load": load, "read": read}[what](Path(path), parts)))
         return
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--layers", type=int, default=RELEASED.llm.num_layers, help="cut the experts to so many layers, for little memory")
-    parser.add_argument("--cases", nargs="+", default=[c.name for c in CASES], choices=[c.name for c in CASES])
-    parser.add_argument("--parts", nargs="+", default=["und", "gen", "vit", "vae"], choices=("und", "gen", "vit", "vae"))
+    parser.add_argument(
+        "--layers",
+        type=int,
+        default=RELEASED.llm.num_layers,
+        help="cut the experts to so many layers, for little memory",
+    )
+    parser.add_argument(
+        "--cases", nargs="+", default=[c.name for c in CASES], choices=[c.name for c in CASES]
+    )
+    parser.add_argument(
+        "--parts", nargs="+", default=["und", "gen", "vit", "vae"], choices=("und", "gen", "vit", "vae")
+    )
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--folder", type=Path, help="where to write the sparse files (default: the system's temporary folder)")
+    parser.add_argument(
+        "--folder", type=Path, help="where to write the sparse files (default: the system's temporary folder)"
+    )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     config = replace(RELEASED, llm=replace(RELEASED.llm, num_layers=args.layers))
-    wanted = sum(p.nbytes for part in args.parts for p in build(part, config, "bf16", "meta").parameters()) + 2 * 10**9
+    wanted = (
+        sum(p.nbytes for part in args.parts for p in build(part, config, "bf16", "meta").parameters())
+        + 2 * 10**9
+    )
     free = free_memory(torch.device("cpu"))
     if free < wanted:
-        parser.error(f"{wanted / 1e9:.1f} GB of memory are needed and {free / 1e9:.1f} GB are free; try fewer --layers")
+        parser.error(
+            f"{wanted / 1e9:.1f} GB of memory are needed and {free / 1e9:.1f} GB are free; try fewer --layers"
+        )
     results = []
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         for case in CASES:
             if case.name in args.cases:
                 results.append(measure(case, config, args.parts, args.repeat, Path(folder)))
                 print(report(results[-1:]), file=sys.stderr, flush=True)
-    cut = "" if args.layers == RELEASED.llm.num_layers else f" of {args.layers} layers instead of {RELEASED.llm.num_layers}"
-    print(f"Loading {', '.join(args.parts)}{cut} into bf16, best of {args.repeat}, torch {torch.__version__.split('+')[0]}:\n")
+    cut = (
+        ""
+        if args.layers == RELEASED.llm.num_layers
+        else f" of {args.layers} layers instead of {RELEASED.llm.num_layers}"
+    )
+    print(
+        f"Loading {', '.join(args.parts)}{cut} into bf16, best of {args.repeat}, torch "
+        f"{torch.__version__.split('+')[0]}:\n"
+    )
     print(report(results))
     if args.json:
-        args.json.write_text(json.dumps({"layers": args.layers, "parts": args.parts, "results": results}, indent=1), encoding="utf-8")
+        args.json.write_text(
+            json.dumps({"layers": args.layers, "parts": args.parts, "results": results}, indent=1),
+            encoding="utf-8",
+        )
 
 
 if __name__ == "__main__":

@@ -1,15 +1,17 @@
-"""How much memory each request needs at the released sizes, tensor by tensor, and the smallest card that has it.
+"""How much memory each request needs at the released sizes, tensor by tensor, and the smallest card that has
+it.
 
     python scripts/measure_memory.py [--json FILE] [--device cuda] [--top 8]
 
-The real passes run on torch's meta device, where tensors have sizes and no contents, so any machine will do (how they are
-counted: accounting.py). With `--device cuda` the same passes run for real, on weights of zeros (memory does not depend on
-them), and the allocator's peak is read instead.
+The real passes run on torch's meta device, where tensors have sizes and no contents, so any machine will do
+(how they are
+counted: accounting.py). With `--device cuda` the same passes run for real, on weights of zeros (memory does
+not depend on them), and the allocator's peak is read instead.
 
 Parts in memory at each stage are those ComfyUI would keep: the ViT to look, the VAE to encode and decode, the
-understanding expert to answer, both experts to draw. Three placements of weights are counted: whole; `lean`, where the
-understanding expert (two tokens of every step) is streamed and the generation expert stays; and `streamed`, where a
-layer's weight is on the card only while it is used (ComfyUI's lowvram with nothing kept).
+understanding expert to answer, both experts to draw. Three placements of weights are counted: whole; `lean`,
+where the understanding expert (two tokens of every step) is streamed and the generation expert stays; and
+`streamed`, where a layer's weight is on the card only while it is used (ComfyUI's lowvram with nothing kept).
 """
 
 from __future__ import annotations
@@ -32,15 +34,15 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 from accounting import Accountant, Allocator  # noqa: E402
 
-from lance_core import preprocess  # noqa: E402
-from lance_core.bench_case import Case  # noqa: E402
-from lance_core.config import CELL, LATENT_CHANNELS, RELEASED_LLM, RELEASED_VAE, RELEASED_VIT, LanceConfig  # noqa: E402
-from lance_core.decoder import join  # noqa: E402
-from lance_core.model import Branch, DualExpert, Generation, Plan, Prepared, Understanding  # noqa: E402
-from lance_core.quantize import FORMATS, QuantLinear, quantisable, swap  # noqa: E402
-from lance_core.token_loop import TokenLoop  # noqa: E402
-from lance_core.vae import TILE, WanVAE  # noqa: E402
-from lance_core.vit import VisionTower  # noqa: E402
+from lance_core.bench.case import Case
+from lance_core.checkpoint.quantize import FORMATS, QuantLinear, quantisable, swap
+from lance_core.config import CELL, LATENT_CHANNELS, RELEASED_LLM, RELEASED_VAE, RELEASED_VIT, LanceConfig
+from lance_core.inputs import preprocess
+from lance_core.model.decoder import join
+from lance_core.model.dual_expert import Branch, DualExpert, Generation, Plan, Prepared, Understanding
+from lance_core.model.token_loop import TokenLoop
+from lance_core.model.vit import VisionTower
+from lance_core.vae.wan import TILE, WanVAE
 
 RELEASED = LanceConfig(RELEASED_LLM, RELEASED_VIT, RELEASED_VAE, "video")
 COMPUTE = torch.bfloat16
@@ -83,11 +85,13 @@ GOALS = (  # request, weights, GB
 )
 
 
-# -- weights ----------------------------------------------------------------------------------------------------------
+# -- weights -------------------------------------------------------------------------------------------------
 
 
 def build(part: str, config: LanceConfig, weights: str, device: str) -> nn.Module:
-    """A part's module in COMPUTE, the experts' matrices in the format named; on a real device, filled with zeros."""
+    """A part's module in COMPUTE, the experts' matrices in the format named; on a real device, filled with
+    zeros.
+    """
     if part == "vit":
         module: nn.Module = VisionTower(config.vit, device="meta", dtype=COMPUTE)
     elif part == "vae":
@@ -97,23 +101,33 @@ def build(part: str, config: LanceConfig, weights: str, device: str) -> nn.Modul
         if weights in FORMATS:
             form = FORMATS[weights]
             layers = config.llm.num_layers
-            fits = {n.removesuffix(".weight"): form for n, p in module.named_parameters() if quantisable(n, layers) and form.fits(*p.shape)}
+            fits = {
+                n.removesuffix(".weight"): form
+                for n, p in module.named_parameters()
+                if quantisable(n, layers) and form.fits(*p.shape)
+            }
             swap(
                 module,
                 fits,
-                lambda f, linear: QuantLinear(f, linear.in_features, linear.out_features, linear.bias is not None, "meta", COMPUTE),
+                lambda f, linear: QuantLinear(
+                    f, linear.in_features, linear.out_features, linear.bias is not None, "meta", COMPUTE
+                ),
             )
     module.requires_grad_(False)
     if device != "meta":
         for owner in module.modules():
             for name, p in list(owner._parameters.items()):
                 if p is not None:
-                    owner._parameters[name] = nn.Parameter(torch.zeros(p.shape, dtype=p.dtype, device=device), requires_grad=False)
+                    owner._parameters[name] = nn.Parameter(
+                        torch.zeros(p.shape, dtype=p.dtype, device=device), requires_grad=False
+                    )
     return module.eval()
 
 
 def stream(module: nn.Module, device: str) -> None:
-    """Have every layer's weights copied to the device for each use and freed after, as ComfyUI's lowvram does."""
+    """Have every layer's weights copied to the device for each use and freed after, as ComfyUI's lowvram
+    does.
+    """
 
     def bring(owner: nn.Module, *_: Any) -> None:
         owner.away = dict(owner._parameters)
@@ -130,7 +144,7 @@ def stream(module: nn.Module, device: str) -> None:
             owner.register_forward_hook(leave)
 
 
-# -- stages -----------------------------------------------------------------------------------------------------------
+# -- stages --------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -148,10 +162,21 @@ class Bench:
     def family(self, *parts: str):
         """(meter, modules) with these parts, and nothing else, in memory."""
         meter = Allocator() if self.device == "cuda" else Accountant(self.device)
-        away = {"whole": (), "lean": ("und",), "streamed": parts}[self.place] if "gen" in parts or self.place != "lean" else ()
+        away = (
+            {"whole": (), "lean": ("und",), "streamed": parts}[self.place]
+            if "gen" in parts or self.place != "lean"
+            else ()
+        )
         modules = {}
         for part in parts:
-            modules[part] = join(build(part, self.config, self.weights, "cpu" if part in away and self.device == "cuda" else self.device))
+            modules[part] = join(
+                build(
+                    part,
+                    self.config,
+                    self.weights,
+                    "cpu" if part in away and self.device == "cuda" else self.device,
+                )
+            )
             if part in away:
                 stream(modules[part], self.device)
             else:
@@ -174,7 +199,10 @@ class Bench:
         """The ViT over a picture or clip."""
         c = self.config.vit
         with self.family("vit") as (meter, modules):
-            patches = self.empty(case.seen[0] * case.seen[1] * case.seen[2], c.in_channels * c.temporal_patch_size * c.patch_size**2)
+            patches = self.empty(
+                case.seen[0] * case.seen[1] * case.seen[2],
+                c.in_channels * c.temporal_patch_size * c.patch_size**2,
+            )
             self.note(meter, "vision tower", lambda: modules["vit"](patches, [case.seen]))
 
     def encode(self, case: Case, frames: int) -> None:
@@ -194,14 +222,18 @@ class Bench:
     def denoise(self, case: Case) -> None:
         """Both branches' context, then a guided step as one forward of two rows and as two forwards of one."""
         with self.family("und", "gen") as (meter, modules):
-            model = DualExpert(self.config.llm, modules["und"], modules["gen"], dtype=COMPUTE, device=self.device)
+            model = DualExpert(
+                self.config.llm, modules["und"], modules["gen"], dtype=COMPUTE, device=self.device
+            )
             sequence = case.sequence(self.config)
             prepared = Prepared(sequence, Plan.of(sequence, self.config.tokens_per_second, guided=True))
             self.note(meter, "prefill", lambda: model.fill(prepared))
             both = [Branch(prepared, 0), Branch(prepared, 1)]
             x = self.empty(1, *case.grid, LATENT_CHANNELS, dtype=torch.float32)
             t = self.empty(1, case.grid[0], dtype=torch.float32)
-            self.note(meter, "step, 2 rows", lambda: model.velocity(both, torch.cat([x, x]), torch.cat([t, t])))
+            self.note(
+                meter, "step, 2 rows", lambda: model.velocity(both, torch.cat([x, x]), torch.cat([t, t]))
+            )
             self.note(meter, "step, 1 row", lambda: [model.velocity([row], x, t) for row in both])
 
     def answer(self, case: Case) -> None:
@@ -218,10 +250,14 @@ def case_of(request: Request, config: LanceConfig) -> Case:
     """What the request comes to in latent cells and ViT patches."""
     preset = "video_480p" if request.frames > 1 else "image_768res"
     patch, pair = config.vit.patch_size, config.vit.temporal_patch_size
-    wide, tall = preprocess.vit_size(request.width, request.height, preset, patch * config.vit.spatial_merge_size)
+    wide, tall = preprocess.vit_size(
+        request.width, request.height, preset, patch * config.vit.spatial_merge_size
+    )
     seen = (-(-request.frames // pair), tall // patch, wide // patch)
     grid = (1 + (request.frames - 1) // 4, request.height // CELL, request.width // CELL)
-    return Case(request.width, request.height, request.frames, 1, True, request.task == "edit", CAPTION, grid, seen)
+    return Case(
+        request.width, request.height, request.frames, 1, True, request.task == "edit", CAPTION, grid, seen
+    )
 
 
 @cache
@@ -237,23 +273,34 @@ def pictures(request: Request, config: LanceConfig, device: str, place: str) -> 
     return bench
 
 
-def measure(request: Request, config: LanceConfig = RELEASED, device: str = "meta", weights: str = "bf16", place: str = "whole") -> Bench:
+def measure(
+    request: Request,
+    config: LanceConfig = RELEASED,
+    device: str = "meta",
+    weights: str = "bf16",
+    place: str = "whole",
+) -> Bench:
     """Peaks of all stages of one request, in the order they run."""
     bench, case = Bench(config, device, weights, place), case_of(request, config)
     beside = pictures(request, config, device, "streamed" if place == "streamed" else "whole")
     bench.answer(case) if request.task == "vqa" else bench.denoise(case)
     peaks = beside.peaks | bench.peaks
-    bench.peaks = {stage: peaks[stage] for stage in sorted(peaks, key=lambda s: (s.startswith("VAE decode"), s in bench.peaks))}
+    bench.peaks = {
+        stage: peaks[stage]
+        for stage in sorted(peaks, key=lambda s: (s.startswith("VAE decode"), s in bench.peaks))
+    }
     bench.contents |= beside.contents
     return bench
 
 
-# -- report -----------------------------------------------------------------------------------------------------------
+# -- report --------------------------------------------------------------------------------------------------
 
 
 def needed(peaks: dict[str, int], thrifty: bool = False) -> int:
     """The request's peak; thrifty: guidance as two forwards and the VAE in tiles, as when memory is short."""
-    skipped = {"step, 2 rows", "VAE decode"} if thrifty else {"step, 1 row", *(s for s in peaks if "tiles" in s)}
+    skipped = (
+        {"step, 2 rows", "VAE decode"} if thrifty else {"step, 1 row", *(s for s in peaks if "tiles" in s)}
+    )
     return max(size for stage, size in peaks.items() if stage not in skipped)
 
 
@@ -274,13 +321,21 @@ def gb(size: int) -> str:
 
 def weights_table(config: LanceConfig) -> str:
     """Bytes of each part in each format."""
-    sizes = {w: {p: sum(t.nbytes for t in build(p, config, w, "meta").parameters()) for p in ("und", "gen", "vit", "vae")} for w in WEIGHTS}
+    sizes = {
+        w: {
+            p: sum(t.nbytes for t in build(p, config, w, "meta").parameters())
+            for p in ("und", "gen", "vit", "vae")
+        }
+        for w in WEIGHTS
+    }
     names = {"und": "understanding expert", "gen": "generation expert", "vit": "ViT", "vae": "VAE"}
     rows = [[f"{names[p]}, GB", *(f"{sizes[w][p] / 1e9:.2f}" for w in WEIGHTS)] for p in names]
     return table(["weights", *WEIGHTS], rows)
 
 
-def summary(found: dict[tuple[str, str, str], dict[str, int]], requests: Iterable[str], place: str, thrifty: bool) -> str:
+def summary(
+    found: dict[tuple[str, str, str], dict[str, int]], requests: Iterable[str], place: str, thrifty: bool
+) -> str:
     """Peak and smallest card of every request in one placement."""
     rows = []
     for name in requests:
@@ -306,7 +361,9 @@ def goals(found: dict[tuple[str, str, str], dict[str, int]]) -> str:
     for name, weights, goal in GOALS:
         whole, lean = found[name, weights, "whole"], found[name, weights, "lean"]
         ways = (needed(whole), needed(whole, True), needed(lean, True))
-        rows.append([name, weights, f"{goal:.1f}", *(f"{gb(w)}{'' if w <= goal * 1e9 else ' (over)'}" for w in ways)])
+        rows.append(
+            [name, weights, f"{goal:.1f}", *(f"{gb(w)}{'' if w <= goal * 1e9 else ' (over)'}" for w in ways)]
+        )
     return table(["request", "weights", "goal, GB", "as fast as can be", "thrifty", "thrifty, lean"], rows)
 
 
@@ -326,7 +383,12 @@ def main() -> None:
     parser.add_argument("--device", default="meta", choices=("meta", "cuda"))
     parser.add_argument("--json", type=Path, help="write every stage's peak, too")
     parser.add_argument("--only", default="", help="requests whose name contains this")
-    parser.add_argument("--top", type=int, default=0, help="show so many of the largest tensors at each request's peak (bf16, whole)")
+    parser.add_argument(
+        "--top",
+        type=int,
+        default=0,
+        help="show so many of the largest tensors at each request's peak (bf16, whole)",
+    )
     args = parser.parse_args()
     found: dict[tuple[str, str, str], dict[str, int]] = {}
     chosen = [r for r in REQUESTS if args.only in r.name]
@@ -335,26 +397,52 @@ def main() -> None:
             for place in PLACES:
                 bench = measure(request, RELEASED, args.device, weights, place)
                 found[request.name, weights, place] = bench.peaks
-                print(f"{request.name}, {weights}, {place}: {gb(needed(bench.peaks))} GB", file=sys.stderr, flush=True)
+                print(
+                    f"{request.name}, {weights}, {place}: {gb(needed(bench.peaks))} GB",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 if args.top and (weights, place) == ("bf16", "whole"):
                     for stage, contents in bench.contents.items():
-                        print(f"{request.name}, {stage}: {gb(bench.peaks[stage])} GB\n{largest(contents, args.top)}", file=sys.stderr)
+                        print(
+                            f"{request.name}, {stage}: {gb(bench.peaks[stage])} "
+                            f"GB\n{largest(contents, args.top)}",
+                            file=sys.stderr,
+                        )
     names = [r.name for r in chosen]
     how = "CUDA's allocator" if args.device == "cuda" else "every tensor accounted on the meta device"
-    print(f"Peak memory by {how}, torch {torch.__version__.split('+')[0]}; activations, ViT and VAE in bf16; GB = 10^9 bytes.")
-    print(f"Smallest card: the peak and {RESERVE / 1e9:.0f} GB for CUDA itself fit (a card's GB are 2^30 bytes).\n")
+    print(
+        f"Peak memory by {how}, torch {torch.__version__.split('+')[0]}; activations, ViT and VAE in bf16; "
+        "GB = 10^9 bytes."
+    )
+    print(
+        f"Smallest card: the peak and {RESERVE / 1e9:.0f} GB for CUDA itself fit (a card's GB are 2^30 "
+        "bytes).\n"
+    )
     print(weights_table(RELEASED), end="\n\n")
-    print("Weights whole, guidance in one forward, VAE whole:\n\n" + summary(found, names, "whole", False), end="\n\n")
-    print("Weights whole, guidance in two forwards, VAE in tiles:\n\n" + summary(found, names, "whole", True), end="\n\n")
-    print("As before, understanding expert streamed while drawing:\n\n" + summary(found, names, "lean", True), end="\n\n")
+    print(
+        "Weights whole, guidance in one forward, VAE whole:\n\n" + summary(found, names, "whole", False),
+        end="\n\n",
+    )
+    print(
+        "Weights whole, guidance in two forwards, VAE in tiles:\n\n" + summary(found, names, "whole", True),
+        end="\n\n",
+    )
+    print(
+        "As before, understanding expert streamed while drawing:\n\n" + summary(found, names, "lean", True),
+        end="\n\n",
+    )
     print("As before, all weights streamed:\n\n" + summary(found, names, "streamed", True), end="\n\n")
     print("By stage:\n\n" + stages(found, names), end="\n\n")
     if len(chosen) == len(REQUESTS):
         print("Goals:\n\n" + goals(found))
     if args.json:
-        results = [{"request": r, "weights": w, "place": p, "peaks": peaks} for (r, w, p), peaks in found.items()]
+        results = [
+            {"request": r, "weights": w, "place": p, "peaks": peaks} for (r, w, p), peaks in found.items()
+        ]
         args.json.write_text(
-            json.dumps({"torch": torch.__version__, "device": args.device, "results": results}, indent=1), encoding="utf-8"
+            json.dumps({"torch": torch.__version__, "device": args.device, "results": results}, indent=1),
+            encoding="utf-8",
         )
 
 

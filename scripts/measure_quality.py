@@ -1,14 +1,16 @@
-"""What each weight format changes: drift of velocity, latent, pixels and answer logits, against float32 and bf16.
+"""What each weight format changes: drift of velocity, latent, pixels and answer logits, against float32 and
+bf16.
 
     python scripts/measure_quality.py [--layers 4] [--json FILE]
     python scripts/measure_quality.py --model models/lance/Lance_3B --cells 32 --steps 12
 
-Pixels are the guided latent's, decoded in float32, so they show the experts' weights as well; the VAE itself, which is never
-quantised, is measured apart.
+Pixels are the guided latent's, decoded in float32, so they show the experts' weights as well; the VAE itself,
+which is never quantised, is measured apart.
 
-Without `--model`: random weights at the released widths (cut to few layers), and the small golden checkpoint if it is
-there. With it: that checkpoint, all layers. Drift is ||a - b|| / ||b||. All products run in float32 except the row "bf16
-weights and compute", so a row shows what the weights lost and nothing else; random weights show how errors grow,
+Without `--model`: random weights at the released widths (cut to few layers), and the small golden checkpoint
+if it is there. With it: that checkpoint, all layers. Drift is ||a - b|| / ||b||. All products run in float32
+except the row "bf16 weights and compute", so a row shows what the weights lost and nothing else; random
+weights show how errors grow,
 not how pictures look: what only trained weights can show is listed at the end.
 """
 
@@ -27,31 +29,36 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from lance_core.bench_case import Case, noise  # noqa: E402
-from lance_core.bench_tools import materialise  # noqa: E402
-from lance_core.checkpoint import Checkpoint  # noqa: E402
-from lance_core.config import LATENT_CHANNELS, RELEASED_LLM, RELEASED_VAE, RELEASED_VIT, LanceConfig  # noqa: E402
-from lance_core.errors import CheckpointError  # noqa: E402
-from lance_core.model import Branch, DualExpert, Generation, Plan, Understanding  # noqa: E402
-from lance_core.quantize import FORMATS, quantisable  # noqa: E402
-from lance_core.sampler import Guidance, euler, schedule  # noqa: E402
-from lance_core.vae import WanVAE, denormalize_latent  # noqa: E402
+from lance_core.bench.case import Case, noise
+from lance_core.bench.device import materialise
+from lance_core.checkpoint.checkpoint import Checkpoint
+from lance_core.checkpoint.quantize import FORMATS, quantisable
+from lance_core.config import LATENT_CHANNELS, RELEASED_LLM, RELEASED_VAE, RELEASED_VIT, LanceConfig
+from lance_core.errors import CheckpointError
+from lance_core.model.dual_expert import Branch, DualExpert, Generation, Plan, Understanding
+from lance_core.model.sampler import Guidance, euler, schedule
+from lance_core.vae.wan import WanVAE, denormalize_latent
 
 GOLDEN = ROOT / "tests" / "golden" / "checkpoint" / "Lance_3B_Video"
 OUTLIERS = 64  # one input channel in so many is this much larger, as trained weights have them
 OUTLIER_SCALE = 8.0
 UNMEASURED = (
-    "how pictures and clips look: fine detail, text, faces, hands (others saw 8 and 4 bits lose fine detail with the trained weights)",
+    "how pictures and clips look: fine detail, text, faces, hands (others saw 8 and 4 bits lose fine detail "
+    "with the trained weights)",
     "which answers change, and scores of understanding benchmarks",
-    "the outliers of the trained weights and activations, which decide how well a format with few scales fits",
-    "drift over all 36 layers and 30 steps of the trained flow, which contracts or expands errors in its own way",
+    "the outliers of the trained weights and activations, which decide how well a format with few scales "
+    "fits",
+    "drift over all 36 layers and 30 steps of the trained flow, which contracts or expands errors in its "
+    "own way",
     "whether a trained first or last layer is more sensitive than the others",
 )
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A choice of formats: fp32, bf16 or one of FORMATS for each expert. spared: two layers that stay bf16, "edges" or "middle"."""
+    """A choice of formats: fp32, bf16 or one of FORMATS for each expert. spared: two layers that stay bf16,
+    "edges" or "middle".
+    """
 
     label: str
     und: str
@@ -65,7 +72,9 @@ VARIANTS = (
     Variant("bf16 weights and compute", "bf16", "bf16", compute=torch.bfloat16),
     *(Variant(name, name, name) for name in FORMATS),
     *(Variant(f"{name}, first and last layer bf16", name, name, "edges") for name in FORMATS),
-    *(Variant(f"{name}, two middle layers bf16", name, name, "middle") for name in FORMATS),  # is it which layers, or how many?
+    *(
+        Variant(f"{name}, two middle layers bf16", name, name, "middle") for name in FORMATS
+    ),  # is it which layers, or how many?
     *(Variant(f"understanding {name}, generation bf16", name, "bf16") for name in FORMATS),
     *(Variant(f"understanding bf16, generation {name}", "bf16", name) for name in FORMATS),
 )
@@ -73,7 +82,7 @@ MEASURES = ("velocity, caption", "velocity, no caption", "guided latent", "pixel
 REFERENCES = ("float32", "bf16")
 
 
-# -- weights ----------------------------------------------------------------------------------------------------------
+# -- weights -------------------------------------------------------------------------------------------------
 
 
 def random_expert(cls: type[nn.Module], config: LanceConfig, seed: int) -> nn.Module:
@@ -98,7 +107,12 @@ def kept(name: str, weight: Tensor, format: str, spared: tuple[int, ...] = ()) -
     if format == "fp32":
         return weight
     form = FORMATS.get(format)
-    if form is None or not quantisable(name) or not form.fits(*weight.shape) or int(name.split(".")[1]) in spared:
+    if (
+        form is None
+        or not quantisable(name)
+        or not form.fits(*weight.shape)
+        or int(name.split(".")[1]) in spared
+    ):
         return weight.bfloat16().float()
     return form.decode(form.encode(weight), torch.float32)
 
@@ -112,12 +126,20 @@ class Subject:
 
     def experts(self, variant: Variant) -> DualExpert:
         """The experts with a variant's weights; those of the variant before are gone."""
-        spared = {"": (), "edges": (0, self.layers - 1), "middle": ((self.layers - 1) // 2, self.layers // 2)}[variant.spared]
+        spared = {
+            "": (),
+            "edges": (0, self.layers - 1),
+            "middle": ((self.layers - 1) // 2, self.layers // 2),
+        }[variant.spared]
         for part, module in self.modules.items():
             for name, weight in self.original[part].items():
                 owner, _, leaf = name.rpartition(".")
                 value = kept(name, weight, getattr(variant, part), spared)
-                setattr(module.get_submodule(owner), leaf, nn.Parameter(value.to(variant.compute), requires_grad=False))
+                setattr(
+                    module.get_submodule(owner),
+                    leaf,
+                    nn.Parameter(value.to(variant.compute), requires_grad=False),
+                )
         return DualExpert(self.config.llm, self.modules["und"], self.modules["gen"], dtype=variant.compute)
 
     @property
@@ -125,10 +147,12 @@ class Subject:
         return self.config.llm.num_layers
 
 
-# -- measuring --------------------------------------------------------------------------------------------------------
+# -- measuring -----------------------------------------------------------------------------------------------
 
 
-def outputs(model: DualExpert, config: LanceConfig, vae: nn.Module | None, cells: int, steps: int) -> dict[str, Tensor]:
+def outputs(
+    model: DualExpert, config: LanceConfig, vae: nn.Module | None, cells: int, steps: int
+) -> dict[str, Tensor]:
     """What the experts say of one fixed request, MEASURES by name; without a VAE no pixels."""
     case = Case(cells * 16, cells * 16, 1, 1, True, False, 24, (1, cells, cells), (1, 8, 8))
     sequence = case.sequence(config)
@@ -157,18 +181,24 @@ def drift(a: Tensor, b: Tensor) -> float:
 def measure(
     subject: Subject, vae: nn.Module | None, cells: int, steps: int, variants: tuple[Variant, ...] = VARIANTS
 ) -> list[dict[str, Any]]:
-    """Every variant's drift from float32 and from bf16 weights, and whether the likeliest next token is the same.
+    """Every variant's drift from float32 and from bf16 weights, and whether the likeliest next token is the
+    same.
 
     vae: in float32.
     """
     with torch.inference_mode():
-        exact = outputs(subject.experts(Variant("float32", "fp32", "fp32")), subject.config, vae, cells, steps)
+        exact = outputs(
+            subject.experts(Variant("float32", "fp32", "fp32")), subject.config, vae, cells, steps
+        )
         half: dict[str, Tensor] = {}
         results = []
         for variant in variants:
             found = outputs(subject.experts(variant), subject.config, vae, cells, steps)
             half = half or found
-            drifts = {"float32": {m: drift(found[m], exact[m]) for m in found}, "bf16": {m: drift(found[m], half[m]) for m in found}}
+            drifts = {
+                "float32": {m: drift(found[m], exact[m]) for m in found},
+                "bf16": {m: drift(found[m], half[m]) for m in found},
+            }
             same = int(found["answer logits"].argmax()) == int(exact["answer logits"].argmax())
             results.append({"variant": variant.label, "drift": drifts, "same_token": same})
             print(f"{variant.label}: done", file=sys.stderr, flush=True)
@@ -185,12 +215,14 @@ def vae_drift(vae: nn.Module, cells: int) -> dict[str, Any]:
     return {"drift": drift(half, whole), "mean": float(difference.mean()), "most": float(difference.max())}
 
 
-# -- subjects ---------------------------------------------------------------------------------------------------------
+# -- subjects ------------------------------------------------------------------------------------------------
 
 
 def released(layers: int) -> tuple[Subject, nn.Module]:
     """Random weights at the released widths."""
-    config = LanceConfig(replace(RELEASED_LLM, num_layers=layers, vocab_size=8192), RELEASED_VIT, RELEASED_VAE, "image")
+    config = LanceConfig(
+        replace(RELEASED_LLM, num_layers=layers, vocab_size=8192), RELEASED_VIT, RELEASED_VAE, "image"
+    )
     subject = Subject(random_expert(Understanding, config, 0), random_expert(Generation, config, 1), config)
     return subject, materialise(WanVAE(RELEASED_VAE, device="meta"), torch.device("cpu"), torch.float32)
 
@@ -202,20 +234,25 @@ def stored(path: Path) -> tuple[Subject, nn.Module | None]:
         raise CheckpointError(f"{path} is quantised already; measure the original")
     experts = [checkpoint.build(part).requires_grad_(False) for part in ("und", "gen")]
     for part, module in zip(("und", "gen"), experts, strict=True):
-        for name, weight in checkpoint.tensors(part, torch.float32):  # not loaded, which joins what is quantised apart
+        for name, weight in checkpoint.tensors(
+            part, torch.float32
+        ):  # not loaded, which joins what is quantised apart
             owner, _, leaf = name.rpartition(".")
             setattr(module.get_submodule(owner), leaf, nn.Parameter(weight, requires_grad=False))
     vae = checkpoint.load("vae", dtype=torch.float32) if checkpoint.config.vae else None
     return Subject(*experts, checkpoint.config), vae
 
 
-# -- report -----------------------------------------------------------------------------------------------------------
+# -- report --------------------------------------------------------------------------------------------------
 
 
 def report(results: list[dict[str, Any]], reference: str) -> str:
     """Markdown, in percent of the reference."""
     measures = list(results[0]["drift"][reference])
-    lines = [[f"drift from {reference}, %", *measures, "next token"], ["---", *["--:"] * len(measures), "---"]]
+    lines = [
+        [f"drift from {reference}, %", *measures, "next token"],
+        ["---", *["--:"] * len(measures), "---"],
+    ]
     for one in results:
         numbers = [f"{100 * one['drift'][reference][m]:.2f}" for m in measures]
         lines.append([one["variant"], *numbers, "same" if one["same_token"] else "another"])
@@ -227,11 +264,20 @@ def decide(results: list[dict[str, Any]]) -> str:
     by = {one["variant"]: 100 * one["drift"]["bf16"]["guided latent"] for one in results}
     lines = []
     for name in FORMATS:
-        found = [by.get(f"{name}{which}") for which in ("", ", first and last layer bf16", ", two middle layers bf16")]
+        found = [
+            by.get(f"{name}{which}")
+            for which in ("", ", first and last layer bf16", ", two middle layers bf16")
+        ]
         if None not in found:
-            better = "better than the two in the middle" if found[1] < 0.9 * found[2] else "no better than the two in the middle"
+            better = (
+                "better than the two in the middle"
+                if found[1] < 0.9 * found[2]
+                else "no better than the two in the middle"
+            )
             lines.append(
-                "- {}: latent drift {:.2f} %; first and last layer bf16 {:.2f} %, two middle ones {:.2f} %: ".format(name, *found) + better
+                "- {}: latent drift {:.2f} %; first and last layer bf16 {:.2f} %, two middle ones {:.2f} %: "
+                "".format(name, *found)
+                + better
             )
     return "\n".join(lines)
 
@@ -250,7 +296,12 @@ def main() -> None:
     else:
         subjects = [(f"random weights, released widths, {args.layers} layers", lambda: released(args.layers))]
         subjects += [("golden checkpoint (tiny)", lambda: stored(GOLDEN))] if GOLDEN.exists() else []
-    told: dict[str, Any] = {"torch": torch.__version__, "cells": args.cells, "steps": args.steps, "subjects": {}}
+    told: dict[str, Any] = {
+        "torch": torch.__version__,
+        "cells": args.cells,
+        "steps": args.steps,
+        "subjects": {},
+    }
     for label, make in subjects:
         subject, vae = make()
         results = measure(subject, vae, args.cells, args.steps)
@@ -263,10 +314,15 @@ def main() -> None:
         if vae is not None:
             pixels = told["subjects"][label]["vae"] = vae_drift(vae, args.cells)
             print(
-                f"VAE in bf16 against float32: {100 * pixels['drift']:.2f} %, mean {pixels['mean']:.2f} and at most {pixels['most']:.1f} of 255\n"
+                f"VAE in bf16 against float32: {100 * pixels['drift']:.2f} %, mean {pixels['mean']:.2f} and "
+                f"at most {pixels['most']:.1f} of 255\n"
             )
     missing = UNMEASURED[:1] if args.model else UNMEASURED
-    print("Not measured here" + (", for it takes eyes" if args.model else ", for it takes the trained weights") + ":\n")
+    print(
+        "Not measured here"
+        + (", for it takes eyes" if args.model else ", for it takes the trained weights")
+        + ":\n"
+    )
     print("\n".join(f"- {what}" for what in missing))
     if args.json:
         args.json.write_text(json.dumps(told, indent=1), encoding="utf-8")

@@ -1,6 +1,7 @@
 """The eleven example workflows, each written once: nodes, links, texts and the columns they stand in.
 
-`python scripts/workflows.py write` makes the files in workflows/ from this. An input that is not named here has its node's default.
+`python scripts/workflows.py write` makes the files in workflows/ from this. An input that is not named here
+has its node's default.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from collections.abc import Callable
 from workflow_layout import Graph, Node
 
 PICTURE = "example.png"  # in ComfyUI's input folder from the start
-# ComfyUI ships no clip. Until one is chosen it is what the text-to-video workflow makes first; frontends show an output file that
-# is not there yet without complaint, unlike a missing or empty choice.
+# ComfyUI ships no clip. Until one is chosen it is what the text-to-video workflow makes first; frontends show
+# an output file that is not there yet without complaint, unlike a missing or empty choice.
 CLIP = "video/lance_text_to_video_00001_.mp4 [output]"
 IMAGE, VIDEO = "Lance_3B", "Lance_3B_Video"
 
@@ -34,7 +35,8 @@ MODELS = """
 """
 
 CHOOSE = (
-    "**Choose a clip** in *Load Video* (ComfyUI comes without one); until you do, it is the first one made by the workflow "
+    "**Choose a clip** in *Load Video* (ComfyUI comes without one); until you do, it is the first one made "
+    "by the workflow "
     "*lance_text_to_video*."
 )
 
@@ -42,7 +44,9 @@ MAKERS: dict[str, Callable[[Graph], None]] = {}
 TITLES: dict[str, str] = {}
 
 
-def workflow(name: str, title: str, checkpoint: str, text: str, first: str = "Model and picture") -> Callable[[Callable], Callable]:
+def workflow(
+    name: str, title: str, checkpoint: str, text: str, first: str = "Model and picture"
+) -> Callable[[Callable], Callable]:
     """Register what adds the nodes that follow the note and the loader, which stand in the group `first`."""
 
     def register(fill: Callable[[Graph, Node], None]) -> Callable:
@@ -63,7 +67,7 @@ def build(name: str, graph: Graph) -> Graph:
     return graph
 
 
-# -- what several have in common --------------------------------------------------------------------------------------
+# -- what several have in common -----------------------------------------------------------------------------
 
 
 def sample(graph: Graph, loader: Node, text: Node, latent: tuple, title: str = "", **settings) -> Node:
@@ -77,7 +81,13 @@ def finish(graph: Graph, loader: Node, sampled: Node, video: bool = False) -> No
     decoded = graph.add("LanceVAEDecode", vae=loader[VAE], samples=sampled[0])
     graph.group("Result", 440)
     if video:
-        graph.add("SaveVideo", video=decoded[FRAMES_AS_VIDEO], filename_prefix=f"video/{graph.name}", format="auto", codec="auto")
+        graph.add(
+            "SaveVideo",
+            video=decoded[FRAMES_AS_VIDEO],
+            filename_prefix=f"video/{graph.name}",
+            format="auto",
+            codec="auto",
+        )
     else:
         graph.add("SaveImage", images=decoded[IMAGES], filename_prefix=graph.name)
 
@@ -91,11 +101,20 @@ def encode(graph: Graph, loader: Node, prompt: str, target: str, vision: Node | 
 def see(graph: Graph, loader: Node, role: str, resolution: str = "auto", **media: tuple) -> Node:
     """Lance Vision Encode; a question needs no VAE."""
     vae = {} if role == "question" else {"vae": loader[VAE]}
-    return graph.add("LanceVisionEncode", lance=loader[LANCE], role=role, resolution=resolution, **vae, **media)
+    return graph.add(
+        "LanceVisionEncode", lance=loader[LANCE], role=role, resolution=resolution, **vae, **media
+    )
 
 
 def from_text(
-    graph: Graph, loader: Node, prompt: str, target: str, size: str, aspect: str, frames: int, vision: Node | None = None
+    graph: Graph,
+    loader: Node,
+    prompt: str,
+    target: str,
+    size: str,
+    aspect: str,
+    frames: int,
+    vision: Node | None = None,
 ) -> None:
     """Prompt and size, sampler, result: three groups."""
     if vision is None:
@@ -128,20 +147,23 @@ def ask(graph: Graph, loader: Node, question: str, **media: tuple) -> None:
     graph.add("PreviewAny", source=answer[0])
 
 
-# -- the workflows ----------------------------------------------------------------------------------------------------
+# -- the workflows -------------------------------------------------------------------------------------------
 
 
 @workflow(
     "lance_text_to_image",
     "Text to image",
     IMAGE,
-    "**Then** write what you want to see and press Run. Sizes are in *Empty Lance Latent*; leave the negative prompt empty at first.",
+    "**Then** write what you want to see and press Run. Sizes are in *Empty Lance Latent*; leave the "
+    "negative prompt empty at first.",
     "Model",
 )
 def _t2i(graph: Graph, loader: Node) -> None:
     prompt = (
-        'A ginger cat in a red knitted scarf sits on a wooden windowsill and holds a small chalkboard that reads "HELLO". '
-        "Rain runs down the glass behind it, a warm lamp glows in the room, soft morning light, shallow depth of field."
+        "A ginger cat in a red knitted scarf sits on a wooden windowsill and holds a small chalkboard that "
+        'reads "HELLO". '
+        "Rain runs down the glass behind it, a warm lamp glows in the room, soft morning light, shallow "
+        "depth of field."
     )
     from_text(graph, loader, prompt, "image", "image_768res", "1:1", 1)
 
@@ -150,13 +172,15 @@ def _t2i(graph: Graph, loader: Node) -> None:
     "lance_stock_sampler",
     "Text to image, KSampler",
     IMAGE,
-    "**Stock** nodes do the rest: *ModelSamplingSD3* sets the shift, *KSampler* samples, *VAE Decode* decodes. Lance Sampler's guidance "
+    "**Stock** nodes do the rest: *ModelSamplingSD3* sets the shift, *KSampler* samples, *VAE Decode* "
+    "decodes. Lance Sampler's guidance "
     "interval and renormalisation are not in KSampler: try a lower cfg if colours get too strong.",
     "Model",
 )
 def _stock(graph: Graph, loader: Node) -> None:
     prompt = (
-        "A lighthouse on a rocky cliff above a stormy sea, painted in loose watercolor. Waves break into white spray, gulls circle the "
+        "A lighthouse on a rocky cliff above a stormy sea, painted in loose watercolor. Waves break into "
+        "white spray, gulls circle the "
         "tower, dark clouds open to a strip of golden evening light on the horizon."
     )
     graph.group("Prompt")
@@ -165,7 +189,14 @@ def _stock(graph: Graph, loader: Node) -> None:
     graph.group("Sampling")
     shifted = graph.add("ModelSamplingSD3", model=loader[MODEL], shift=3.5)
     links = {"positive": text[POSITIVE], "negative": text[NEGATIVE], "latent_image": latent[0]}
-    settings = {"seed": 42, "steps": 30, "cfg": 4.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
+    settings = {
+        "seed": 42,
+        "steps": 30,
+        "cfg": 4.0,
+        "sampler_name": "euler",
+        "scheduler": "simple",
+        "denoise": 1.0,
+    }
     sampled = graph.add("KSampler", model=shifted[0], **links, **settings)
     decoded = graph.add("VAEDecode", samples=sampled[0], vae=loader[VAE])
     graph.group("Result", 440)
@@ -176,12 +207,14 @@ def _stock(graph: Graph, loader: Node) -> None:
     "lance_text_to_video",
     "Text to video",
     VIDEO,
-    "**Then** write what happens and how the camera moves. 49 frames are 4 seconds; *video_360p* takes about half the time.",
+    "**Then** write what happens and how the camera moves. 49 frames are 4 seconds; *video_360p* takes "
+    "about half the time.",
     "Model",
 )
 def _t2v(graph: Graph, loader: Node) -> None:
     prompt = (
-        "A small wooden sailing boat glides across a calm mountain lake at sunrise. Golden light spreads over the mist, gentle ripples "
+        "A small wooden sailing boat glides across a calm mountain lake at sunrise. Golden light spreads "
+        "over the mist, gentle ripples "
         "follow the boat, and the camera moves slowly forward from behind it."
     )
     from_text(graph, loader, prompt, "video", "video_480p", "16:9", 49)
@@ -191,17 +224,21 @@ def _t2v(graph: Graph, loader: Node) -> None:
     "lance_image_to_video",
     "Image to video",
     VIDEO,
-    "**Then** load a picture and write what happens in it. The picture stays the first frame; the video takes its shape.",
+    "**Then** load a picture and write what happens in it. The picture stays the first frame; the video "
+    "takes its shape.",
 )
 def _i2v(graph: Graph, loader: Node) -> None:
     prompt = (
-        "The girl waves with both arms and smiles, her hair sways in the wind, and the white clouds drift slowly to the right. "
+        "The girl waves with both arms and smiles, her hair sways in the wind, and the white clouds drift "
+        "slowly to the right. "
         "The camera stays still."
     )
     picture = graph.add("LoadImage", image=PICTURE)
     graph.group("What happens")
     text = encode(graph, loader, prompt, "video")
-    latent = graph.add("LanceImageToVideoLatent", vae=loader[VAE], start_image=picture[0], size="video_480p", frames=49)
+    latent = graph.add(
+        "LanceImageToVideoLatent", vae=loader[VAE], start_image=picture[0], size="video_480p", frames=49
+    )
     graph.group("Sampling")
     sampled = sample(graph, loader, text, latent[0])
     finish(graph, loader, sampled, True)
@@ -211,7 +248,8 @@ def _i2v(graph: Graph, loader: Node) -> None:
     "lance_image_edit",
     "Edit an image",
     IMAGE,
-    "**Then** load a picture and write what shall change. The result has the picture's shape; the sampler's size comes from "
+    "**Then** load a picture and write what shall change. The result has the picture's shape; the sampler's "
+    "size comes from "
     "*Lance Vision Encode*.",
 )
 def _image_edit(graph: Graph, loader: Node) -> None:
@@ -237,7 +275,8 @@ def _video_edit(graph: Graph, loader: Node) -> None:
     edit(
         graph,
         loader,
-        "Make it snow: large soft flakes fall through the whole scene and snow lies on the ground. Keep the movement as it is.",
+        "Make it snow: large soft flakes fall through the whole scene and snow lies on the ground. Keep the "
+        "movement as it is.",
         "video",
         video=clip[0],
     )
@@ -247,12 +286,14 @@ def _video_edit(graph: Graph, loader: Node) -> None:
     "lance_subject_to_image",
     "Subject to image",
     IMAGE,
-    "**Then** load a picture of who or what shall appear and describe the new scene. For more subjects add a second *Load Image* and "
+    "**Then** load a picture of who or what shall appear and describe the new scene. For more subjects add "
+    "a second *Load Image* and "
     "*Lance Vision Encode* and connect the first one's vision to its *earlier*.",
 )
 def _subject_image(graph: Graph, loader: Node) -> None:
     prompt = (
-        "The girl sits in a cozy library and reads a thick book beside a tall window, evening light, shelves full of books behind her, "
+        "The girl sits in a cozy library and reads a thick book beside a tall window, evening light, "
+        "shelves full of books behind her, "
         "in the same hand-drawn style."
     )
     picture = graph.add("LoadImage", image=PICTURE)
@@ -265,12 +306,14 @@ def _subject_image(graph: Graph, loader: Node) -> None:
     "lance_subject_to_video",
     "Subject to video",
     VIDEO,
-    "**Then** load a picture of who or what shall appear and describe what happens. For more subjects add a second *Load Image* and "
+    "**Then** load a picture of who or what shall appear and describe what happens. For more subjects add a "
+    "second *Load Image* and "
     "*Lance Vision Encode* and connect the first one's vision to its *earlier*.",
 )
 def _subject_video(graph: Graph, loader: Node) -> None:
     prompt = (
-        "The girl walks along a beach toward the camera, her hair moves in the wind and waves roll in behind her, "
+        "The girl walks along a beach toward the camera, her hair moves in the wind and waves roll in "
+        "behind her, "
         "in the same hand-drawn style."
     )
     picture = graph.add("LoadImage", image=PICTURE)
@@ -287,7 +330,12 @@ def _subject_video(graph: Graph, loader: Node) -> None:
 )
 def _image_question(graph: Graph, loader: Node) -> None:
     picture = graph.add("LoadImage", image=PICTURE)
-    ask(graph, loader, "What does this picture show? Describe the person, the clothes and the surroundings.", image=picture[0])
+    ask(
+        graph,
+        loader,
+        "What does this picture show? Describe the person, the clothes and the surroundings.",
+        image=picture[0],
+    )
 
 
 @workflow(
@@ -306,7 +354,8 @@ def _video_question(graph: Graph, loader: Node) -> None:
     "lance_multi_turn_edit",
     "Edit in several turns",
     IMAGE,
-    "**Three edits in a row** on one subject: each turn starts from the picture the turn before made. Changing a later prompt or "
+    "**Three edits in a row** on one subject: each turn starts from the picture the turn before made. "
+    "Changing a later prompt or "
     "seed runs only that turn and those after it. Copy a turn to go on.",
 )
 def _multi_turn(graph: Graph, loader: Node) -> None:

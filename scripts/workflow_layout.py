@@ -1,4 +1,6 @@
-"""A workflow written once -> its API form and its UI form (litegraph 0.4), laid out in columns from left to right."""
+"""A workflow written once -> its API form and its UI form (litegraph 0.4), laid out in columns from left to
+right.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +10,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-SCHEMAS: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "workflow_nodes.json").read_text(encoding="utf-8"))
+SCHEMAS: dict[str, dict[str, Any]] = json.loads(
+    (Path(__file__).parent / "workflow_nodes.json").read_text(encoding="utf-8")
+)
 
 NOTE = "MarkdownNote"
 NOTE_COLORS = {"color": "#432", "bgcolor": "#653"}
 GROUP_COLORS = ("#88A", "#3f789e", "#8A8", "#b58b2a", "#a1309b", "#A88")
 PACK_ID, STOCK_ID = "comfyui-lance", "comfy-core"  # where managers find missing nodes
 
-# Width and height that show everything: texts without scrolling, pictures large enough to judge. Measured in the browser.
+# Width and height that show everything: texts without scrolling, pictures large enough to judge. Measured in
+# the browser.
 SIZES: dict[str, tuple[int, int]] = {
     NOTE: (340, 220),
     "LanceLoader": (340, 130),
@@ -35,7 +40,12 @@ SIZES: dict[str, tuple[int, int]] = {
     "LanceUnderstand": (420, 560),
     "PreviewAny": (400, 300),
 }
-STRETCHED = ("SaveImage", "SaveVideo", "PreviewAny", "LanceUnderstand")  # down to the group's end, when last in their column
+STRETCHED = (
+    "SaveImage",
+    "SaveVideo",
+    "PreviewAny",
+    "LanceUnderstand",
+)  # down to the group's end, when last in their column
 # Of litegraph: the bar above a node, outside its size; and the distances kept here.
 TITLE, GAP, INNER, GROUP_GAP, GROUP_TOP = 30, 24, 40, 40, 54
 LEGIBLE = 0.62  # the scale below which frontends leave out the texts
@@ -115,7 +125,7 @@ class Graph:
         self.groups[-1][1][-1].append(node)
         return node
 
-    # -- API form -----------------------------------------------------------------------------------------------------
+    # -- API form --------------------------------------------------------------------------------------------
 
     def api(self) -> dict[str, Any]:
         """What /prompt takes, as the browser exports it."""
@@ -123,10 +133,13 @@ class Graph:
 
     @staticmethod
     def _api_node(node: Node) -> dict[str, Any]:
-        inputs = {name: [str(value[0].id), value[1]] if isinstance(value, tuple) else value for name, value in node.inputs.items()}
+        inputs = {
+            name: [str(value[0].id), value[1]] if isinstance(value, tuple) else value
+            for name, value in node.inputs.items()
+        }
         return {"inputs": inputs, "class_type": node.kind, "_meta": {"title": node.title}}
 
-    # -- UI form ------------------------------------------------------------------------------------------------------
+    # -- UI form ---------------------------------------------------------------------------------------------
 
     def ui(self) -> dict[str, Any]:
         """What the browser opens and saves."""
@@ -160,7 +173,13 @@ class Graph:
             x += GAP - INNER
             color = GROUP_COLORS[(number - 1) % len(GROUP_COLORS)]
             groups.append(
-                {"id": number, "title": f"{number} · {title}", "bounding": [left, 0, x - left, 0], "color": color, "font_size": 24}
+                {
+                    "id": number,
+                    "title": f"{number} · {title}",
+                    "bounding": [left, 0, x - left, 0],
+                    "color": color,
+                    "font_size": 24,
+                }
             )
             x += GROUP_GAP
         for _, columns, _ in self.groups:
@@ -174,32 +193,60 @@ class Graph:
 
     @staticmethod
     def _view(groups: list[dict[str, Any]]) -> dict[str, Any]:
-        """Scale and offset that show all of it in a window of 1600 by 900, or its left part where texts would become too small."""
+        """Scale and offset that show all of it in a window of 1600 by 900, or its left part where texts would
+        become too small.
+        """
         width = groups[-1]["bounding"][0] + groups[-1]["bounding"][2]
         height = groups[0]["bounding"][3]
         scale = round(max(LEGIBLE, min(0.9, 1430 / width, 700 / height)), 3)
         return {"scale": scale, "offset": [round(80 / scale), round(100 / scale)]}
 
     def _links(self) -> list[list]:
-        """[id, from node, from output, to node, to input, type]; inputs are counted widgets included, as frontends since 1.16 do."""
+        """[id, from node, from output, to node, to input, type]; inputs are counted widgets included, as
+        frontends since 1.16 do.
+        """
         links: list[list] = []
         for node in self.nodes:
             for slot, (name, _, _) in enumerate(_slots(node)):
                 value = node.inputs.get(name)
                 if isinstance(value, tuple):
                     origin, index = value
-                    links.append([len(links) + 1, origin.id, index, node.id, slot, SCHEMAS[origin.kind]["outputs"][index][1]])
+                    links.append(
+                        [
+                            len(links) + 1,
+                            origin.id,
+                            index,
+                            node.id,
+                            slot,
+                            SCHEMAS[origin.kind]["outputs"][index][1],
+                        ]
+                    )
         return links
 
     def _ui_node(self, node: Node, links: list[list]) -> dict[str, Any]:
         note = node.kind == NOTE
-        ui: dict[str, Any] = {"id": node.id, "type": node.kind, "pos": list(node.pos), "size": list(node.size)}
+        ui: dict[str, Any] = {
+            "id": node.id,
+            "type": node.kind,
+            "pos": list(node.pos),
+            "size": list(node.size),
+        }
         ui |= {"flags": {}, "order": node.id - 1, "mode": 0}
-        ui["inputs"] = [] if note else [_input(node, slot, spec, links) for slot, spec in enumerate(_slots(node))]
-        ui["outputs"] = [] if note else [_output(node, slot, spec, links) for slot, spec in enumerate(SCHEMAS[node.kind]["outputs"])]
+        ui["inputs"] = (
+            [] if note else [_input(node, slot, spec, links) for slot, spec in enumerate(_slots(node))]
+        )
+        ui["outputs"] = (
+            []
+            if note
+            else [_output(node, slot, spec, links) for slot, spec in enumerate(SCHEMAS[node.kind]["outputs"])]
+        )
         if note or node.title != SCHEMAS[node.kind]["title"]:  # a title that is saved is not translated
             ui["title"] = node.title
-        ui["properties"] = {} if note else {"cnr_id": PACK_ID if "Lance" in node.kind else STOCK_ID, "Node name for S&R": node.kind}
+        ui["properties"] = (
+            {}
+            if note
+            else {"cnr_id": PACK_ID if "Lance" in node.kind else STOCK_ID, "Node name for S&R": node.kind}
+        )
         ui["widgets_values"] = list(node.inputs.values()) if note else _widget_values(node, self.after_run)
         return ui | (NOTE_COLORS if note else {})
 
@@ -222,11 +269,17 @@ def _input(node: Node, slot: int, spec: list, links: list[list]) -> dict[str, An
 
 
 def _output(node: Node, slot: int, spec: list, links: list[list]) -> dict[str, Any]:
-    return {"name": spec[0], "type": spec[1], "links": [link[0] for link in links if (link[1], link[2]) == (node.id, slot)]}
+    return {
+        "name": spec[0],
+        "type": spec[1],
+        "links": [link[0] for link in links if (link[1], link[2]) == (node.id, slot)],
+    }
 
 
 def _widget_values(node: Node, after_run: str) -> list:
-    """Values in the order of the widgets, those the frontend adds included: what happens to a seed, the upload button."""
+    """Values in the order of the widgets, those the frontend adds included: what happens to a seed, the
+    upload button.
+    """
     values = []
     for spec in filter(is_widget, node.specs):
         name, _, details = spec
@@ -247,7 +300,11 @@ def _compact_node(info: dict[str, Any]) -> dict[str, Any]:
         for name in info["input_order"].get(part, []):
             kind, given = [*info["input"][part][name], {}][:2]
             details: dict[str, Any] = {"optional": True} if part == "optional" else {}
-            details |= {key: given[key] for key in ("default", "multiline") if given.get(key) is not None and given.get(key) is not False}
+            details |= {
+                key: given[key]
+                for key in ("default", "multiline")
+                if given.get(key) is not None and given.get(key) is not False
+            }
             if given.get("control_after_generate") or (name in ("seed", "noise_seed") and kind == "INT"):
                 details["control"] = True
             if given.get("image_upload") or given.get("video_upload"):

@@ -1,6 +1,8 @@
-"""What needs a ComfyUI, and a browser, to be made: the node descriptions, the thumbnails and the pictures of the README.
+"""What needs a ComfyUI, and a browser, to be made: the node descriptions, the thumbnails and the pictures of
+the README.
 
-Run by workflows.py in a Python that has playwright; the ComfyUI comes from host.py, the tiny checkpoint from tests/golden.
+Run by workflows.py in a Python that has playwright; the ComfyUI comes from comfyui.py, the tiny checkpoint from
+tests/golden.
 """
 
 from __future__ import annotations
@@ -19,17 +21,22 @@ from typing import Any
 ROOT = Path(__file__).absolute().parents[1]
 sys.path[:0] = [str(ROOT / "tests" / "host"), str(ROOT / "scripts")]
 
-import host  # noqa: E402
+import comfyui  # noqa: E402
 from harness import ComfyServer  # noqa: E402
 from workflow_graphs import TITLES  # noqa: E402
 
-README_PICTURES = {"lance_text_to_image": "text_to_image", "lance_image_edit": "image_edit", "lance_text_to_video": "text_to_video"}
+README_PICTURES = {
+    "lance_text_to_image": "text_to_image",
+    "lance_image_edit": "image_edit",
+    "lance_text_to_video": "text_to_video",
+}
 WINDOW = (2400, 1300)  # large, so that every text is drawn when the whole graph is in view
 THUMBNAIL, PICTURE = 640, 1400  # pixels wide
 ACCENTS = {"SaveVideo": "#7b3f8f", "SaveImage": "#2f6690", "PreviewAny": "#2e7d52"}  # by what comes out
 MARGIN = 16
 
-# Where the groups lie in the window, after bringing all of them into view without the panels around the canvas.
+# Where the groups lie in the window, after bringing all of them into view without the panels around the
+# canvas.
 _FRAME = """async margin => {
   const {canvas, graph} = app, boxes = graph._groups.map(group => group._bounding);
   const left = Math.min(...boxes.map(b => b[0])), top = Math.min(...boxes.map(b => b[1]));
@@ -79,9 +86,11 @@ _CARD = """async ([png, side, title, accent]) => {
 def server(newest: bool = False) -> Iterator[ComfyServer]:
     """A ComfyUI with the pack, the tiny checkpoint and ComfyUI's own example picture, gone afterwards."""
     with tempfile.TemporaryDirectory() as base:
-        found = host.prepare()
-        root = host.frontend_root() if newest else None
-        with ComfyServer(found, Path(base), models={"lance": ROOT / "tests" / "golden" / "checkpoint"}, front_end_root=root) as started:
+        found = comfyui.prepare()
+        root = comfyui.frontend_root() if newest else None
+        with ComfyServer(
+            found, Path(base), models={"lance": ROOT / "tests" / "golden" / "checkpoint"}, front_end_root=root
+        ) as started:
             shutil.copy(found.path / "input" / "example.png", started.input)
             yield started
 

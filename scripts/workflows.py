@@ -1,9 +1,10 @@
 """The files in workflows/: written from workflow_graphs.py, never by hand.
 
-python scripts/workflows.py write         workflows/*.json (for the browser) and workflows/api/*.json (for /prompt)
-python scripts/workflows.py check         exit 1 and a line for each file that is not what `write` would write
-python scripts/workflows.py nodes         take the node descriptions anew from a ComfyUI (scripts/host.py finds it)
-python scripts/workflows.py thumbnails    workflows/*.jpg and docs/images/*.png, drawn by ComfyUI in a browser
+python scripts/workflows.py write         workflows/*.json (for the browser) and workflows/api/*.json (for
+/prompt) python scripts/workflows.py check         exit 1 and a line for each file that is not what `write`
+would write python scripts/workflows.py nodes         take the node descriptions anew from a ComfyUI
+(scripts/comfyui.py finds it) python scripts/workflows.py thumbnails    workflows/*.jpg and docs/images/*.png,
+drawn by ComfyUI in a browser
 """
 
 from __future__ import annotations
@@ -53,23 +54,36 @@ def write() -> int:
 def check() -> int:
     """0 when every file is what `write` would write, and no others are there."""
     wanted = dict(files())
-    wrong = [path for path, text in wanted.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
+    wrong = [
+        path
+        for path, text in wanted.items()
+        if not path.is_file() or path.read_text(encoding="utf-8") != text
+    ]
     wrong += [path for path in [*FOLDER.glob("*.json"), *FOLDER.glob("api/*.json")] if path not in wanted]
     for path in wrong:
-        print(f"{path.relative_to(ROOT)} is not what scripts/workflows.py makes: run `python scripts/workflows.py write`", file=sys.stderr)
+        print(
+            f"{path.relative_to(ROOT)} is not what scripts/workflows.py makes: run `python "
+            "scripts/workflows.py write`",
+            file=sys.stderr,
+        )
     return 1 if wrong else 0
 
 
 def snapshot(info: dict[str, Any]) -> str:
     """The text of workflow_nodes.json for a host's /object_info."""
     kinds = sorted(kind for kind in workflow_layout.SIZES if kind != workflow_layout.NOTE)
-    rows = [f"{json.dumps(kind)}: {json.dumps(node)}" for kind, node in workflow_layout.compact(info, kinds).items()]
+    rows = [
+        f"{json.dumps(kind)}: {json.dumps(node)}"
+        for kind, node in workflow_layout.compact(info, kinds).items()
+    ]
     return "{\n" + ",\n".join(rows) + "\n}\n"
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("command", choices=("write", "check", "nodes", "thumbnails"))
     command = parser.parse_args(argv).command
     if command in ("write", "check"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lance_core import bench
+from lance_core.bench import run as bench_run
 
 CHECKPOINT = Path(__file__).parent / "golden" / "checkpoint" / "Lance_3B_Video"
 QUICK = ("--model", str(CHECKPOINT), "--device", "cpu", "--repeat", "1", "--context", "7")
@@ -13,7 +13,7 @@ QUICK = ("--model", str(CHECKPOINT), "--device", "cpu", "--repeat", "1", "--cont
 
 def options(*words: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    bench.add_arguments(parser)
+    bench_run.add_arguments(parser)
     return parser.parse_args(words)
 
 

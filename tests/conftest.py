@@ -1,4 +1,6 @@
-"""Shared fixtures: golden cases with all that a run of each went through, loaded checkpoints, a writer of random ones."""
+"""Shared fixtures: golden cases with all that a run of each went through, loaded checkpoints, a writer of
+random ones.
+"""
 
 from __future__ import annotations
 
@@ -10,28 +12,32 @@ from typing import Any
 
 import pytest
 import torch
+from golden_cases import ANSWERED, DRAWN, GOLDEN, MANIFEST, request_of
 from safetensors.torch import load_file, save_file
 
 import lance_core
-from lance_core import bench_suite, bench_tools, prompts, request
-from lance_core.cache import Context
+from lance_core.bench import device, suite
 from lance_core.config import VAEConfig, vit_config
-from lance_core.model import DualExpert
-from lance_core.sequence import Role
-from lance_core.vae import WanVAE
-from lance_core.vit import VisionTower
+from lance_core.inputs import prompts
+from lance_core.model.dual_expert import DualExpert
+from lance_core.model.kv_cache import Context
+from lance_core.model.sequence import Role
+from lance_core.model.vit import VisionTower
+from lance_core.vae.wan import WanVAE
 
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 
-GOLDEN = Path(__file__).parent / "golden"
-MANIFEST = json.loads((GOLDEN / "cases" / "manifest.json").read_text(encoding="utf-8"))
-ANSWERED = [name for name, case in MANIFEST.items() if case["task"].startswith("x2t")]
-DRAWN = [name for name in MANIFEST if name not in ANSWERED]
-RELEASED_NAMES = {"idip_image": "subject_image", "idip_video": "subject_video"}
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+)
 
 
-# -- golden cases ---------------------------------------------------------------------------------------------------
+# -- golden cases --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
@@ -67,29 +73,12 @@ def video_lance(opened) -> lance_core.Lance:
     return opened("Lance_3B_Video")
 
 
-def request_of(case: dict[str, Any]) -> tuple[str, Any, dict[str, Any]]:
-    """A manifest entry -> (task, text, media and options as `generate` or `understand` take them)."""
-    task = request.TASKS[RELEASED_NAMES.get(case["task"], case["task"])]
-    items = case["request"]["interleave_array"] if isinstance(case["request"], dict) else [case["request"]]
-    files = [str(GOLDEN / "cases" / item) for item in items if isinstance(item, str) and item.startswith("inputs/")]
-    text = next(item for item in items if not (isinstance(item, str) and item.startswith("inputs/")))
-    options: dict[str, Any] = {"resolution": case["resolution"]}
-    if task.takes:
-        options[task.takes] = files if task.takes == "references" else files[0]
-    if task.output == "text":
-        return task.name, text[1], options | {"system_prompt": text[0]}
-    if task.name == "subject_video":  # recorded with the image task's instruction
-        options["system_prompt"] = case["rendered"].split("system\n")[1].split("<|im_end|>")[0]
-    options |= {"cfg_interval": case["interval"], "num_frames": case["num_frames"] if task.output == "video" else None}
-    options |= {key: case[key] for key in ("width", "height", "steps", "shift", "cfg", "renorm", "renorm_min", "seed")}
-    return task.name, text, options
-
-
 def record(lance: lance_core.Lance, *args: Any, **options: Any) -> SimpleNamespace:
     """Run `generate` and note what it went through.
 
-    result; sequence, plan and prepared as denoised; passes (branch, tokens, causal, tokens before) over the context; velocities
-    (rows' branches, x, t, velocity) of every call; start, the noise with a fixed first frame in it, and that first_frame.
+    result; sequence, plan and prepared as denoised; passes (branch, tokens, causal, tokens before) over the
+    context; velocities (rows' branches, x, t, velocity) of every call; start, the noise with a fixed first
+    frame in it, and that first_frame.
     """
     run = SimpleNamespace(passes=[], velocities=[])
     extend, velocity = Context.extend, DualExpert.velocity
@@ -124,7 +113,9 @@ def recorded():
 
 @pytest.fixture(scope="session", params=DRAWN)
 def drawn(request, opened) -> SimpleNamespace:
-    """A golden generation case, run end to end from its media files: `record`'s notes with name, case, lance and tensors."""
+    """A golden generation case, run end to end from its media files: `record`'s notes with name, case, lance
+    and tensors.
+    """
     case = MANIFEST[request.param]
     lance = opened(case["checkpoint"])
     task, text, options = request_of(case)
@@ -149,7 +140,11 @@ def answered(request, opened) -> SimpleNamespace:
         return int(logits.argmax())
 
     source = options.get("video") or options.get("image")
-    clip = lance_core.media.read_clip(source)[0] if "video" in options else lance_core.media.load_image(source)[None]
+    clip = (
+        lance_core.media.read_clip(source)[0]
+        if "video" in options
+        else lance_core.media.load_image(source)[None]
+    )
     with torch.inference_mode():
         seen = lance.seen_segment(clip, options["resolution"], Role.QUESTION)
         run.sequence = prompts.question(lance.checkpoint.tokenizer, options["system_prompt"], [seen], text)
@@ -157,7 +152,7 @@ def answered(request, opened) -> SimpleNamespace:
     return run
 
 
-# -- random checkpoints ---------------------------------------------------------------------------------------------
+# -- random checkpoints --------------------------------------------------------------------------------------
 
 
 def expert_shapes(c: dict[str, Any], suffix: str) -> dict[str, tuple[int, ...]]:
@@ -175,13 +170,21 @@ def expert_shapes(c: dict[str, Any], suffix: str) -> dict[str, tuple[int, ...]]:
 
 def model_shapes(c: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     hidden, rows = c["hidden"], c["rows"]
-    shapes = {"language_model.model.embed_tokens.weight": (rows, hidden), "language_model.lm_head.weight": (rows, hidden)}
+    shapes = {
+        "language_model.model.embed_tokens.weight": (rows, hidden),
+        "language_model.lm_head.weight": (rows, hidden),
+    }
     for n in range(c["layers"]):
         for suffix in ("", "_moe_gen"):
             shapes |= {k.format(n=n): v for k, v in expert_shapes(c, suffix).items()}
     shapes |= {f"language_model.model.norm{s}.weight": (hidden,) for s in ("", "_moe_gen")}
     shapes |= {"time_embedder.mlp.0.weight": (hidden, 256), "time_embedder.mlp.2.weight": (hidden, hidden)}
-    shapes |= {"vae2llm.weight": (hidden, 48), "llm2vae.weight": (48, hidden), "llm2vae.bias": (48,), "vae2llm.bias": (hidden,)}
+    shapes |= {
+        "vae2llm.weight": (hidden, 48),
+        "llm2vae.weight": (48, hidden),
+        "llm2vae.bias": (48,),
+        "vae2llm.bias": (hidden,),
+    }
     return shapes | {f"time_embedder.mlp.{i}.bias": (hidden,) for i in (0, 2)}
 
 
@@ -200,13 +203,34 @@ def random_tensors(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, t
     return {name: one(name, tuple(shape)) for name, shape in shapes.items()}
 
 
-DEFAULTS = {"hidden": 32, "inner": 40, "layers": 2, "heads": 4, "kv": 2, "width": 8, "mrope": (1, 1, 2), "rows": 400, "theta": 1e6}
-VIT = {"depth": 2, "hidden_size": 16, "intermediate_size": 20, "num_heads": 2, "fullatt_block_indexes": [1], "tokens_per_second": 2}
+DEFAULTS = {
+    "hidden": 32,
+    "inner": 40,
+    "layers": 2,
+    "heads": 4,
+    "kv": 2,
+    "width": 8,
+    "mrope": (1, 1, 2),
+    "rows": 400,
+    "theta": 1e6,
+}
+VIT = {
+    "depth": 2,
+    "hidden_size": 16,
+    "intermediate_size": 20,
+    "num_heads": 2,
+    "fullatt_block_indexes": [1],
+    "tokens_per_second": 2,
+}
 VAE = VAEConfig((8, 8, 8, 8), (8, 8, 8, 8), 2, 2, (False, True, True))
 
 
-def write(root: Path, name: str = "Lance_3B_Video", *, seed: int = 0, vit=(), vae: VAEConfig = VAE, **sizes: Any) -> Path:
-    """A random checkpoint in the released layout under `root`; returns its model folder. `sizes` as in DEFAULTS."""
+def write(
+    root: Path, name: str = "Lance_3B_Video", *, seed: int = 0, vit=(), vae: VAEConfig = VAE, **sizes: Any
+) -> Path:
+    """A random checkpoint in the released layout under `root`; returns its model folder. `sizes` as in
+    DEFAULTS.
+    """
     c = DEFAULTS | sizes
     vision = VIT | {"out_hidden_size": c["hidden"]} | dict(vit)
     folder, tower = root / name, root / "Qwen2.5-VL-ViT"
@@ -229,7 +253,9 @@ def write(root: Path, name: str = "Lance_3B_Video", *, seed: int = 0, vit=(), va
     (folder / "llm_config.json").write_text(json.dumps(config))
     (tower / "config.json").write_text(json.dumps(vision))
     save_file(random_tensors(model_shapes(c), seed), folder / "model.safetensors")
-    shapes = {k: v.shape for k, v in VisionTower(vit_config(vision, "test"), device="meta").state_dict().items()}
+    shapes = {
+        k: v.shape for k, v in VisionTower(vit_config(vision, "test"), device="meta").state_dict().items()
+    }
     save_file(random_tensors(shapes, seed + 1), tower / "vit.safetensors")
     shapes = {k: v.shape for k, v in WanVAE(vae, device="meta").state_dict().items()}
     torch.save(random_tensors(shapes, seed + 2), root / "Wan2.2_VAE.pth")
@@ -256,15 +282,15 @@ def checkpoint_copy(tmp_path) -> Path:
 @pytest.fixture
 def small_rates(monkeypatch):
     """The benchmark's rates, measured on what takes no time."""
-    monkeypatch.setitem(bench_tools.MATMUL_SIDE, "cpu", 64)
-    monkeypatch.setitem(bench_tools.COPY_BYTES, "cpu", 1 << 16)
+    monkeypatch.setitem(device.MATMUL_SIDE, "cpu", 64)
+    monkeypatch.setitem(device.COPY_BYTES, "cpu", 1 << 16)
 
 
 @pytest.fixture
 def smaller(monkeypatch):
     """The benchmark's small suite at sizes that take no time."""
-    rows = bench_suite._rows((32, 32), (32, 32), (32, 48, 5), (32, 32), (32, 32, 5))
-    monkeypatch.setitem(bench_suite.SUITES, "small", bench_suite.Suite(rows, (32, 32), (1, 2, 3, 5), 2))
+    rows = suite._rows((32, 32), (32, 32), (32, 48, 5), (32, 32), (32, 32, 5))
+    monkeypatch.setitem(suite.SUITES, "small", suite.Suite(rows, (32, 32), (1, 2, 3, 5), 2))
 
 
 @pytest.fixture

@@ -1,8 +1,10 @@
-"""A local stand-in for the Hugging Face hub: what the downloader asks of it, with the ways a network fails, on order.
+"""A local stand-in for the Hugging Face hub: what the downloader asks of it, with the ways a network fails,
+on order.
 
-with Hub(files) as hub: download(..., endpoint=hub.url). `hub.faults[path]` is a list, one entry used up by each request for the
-file's bytes (None: none); its last entry may be ("always", fault). Faults: "stall", "truncate", "corrupt", "disconnect", "no-range",
-"wrong-size", "too-long", or an HTTP status. `hub.requests` notes (path, first byte asked for, Authorization header) of each.
+with Hub(files) as hub: download(..., endpoint=hub.url). `hub.faults[path]` is a list, one entry used up by
+each request for the file's bytes (None: none); its last entry may be ("always", fault). Faults: "stall",
+"truncate", "corrupt", "disconnect", "no-range", "wrong-size", "too-long", or an HTTP status. `hub.requests`
+notes (path, first byte asked for, Authorization header) of each.
 """
 
 from __future__ import annotations
@@ -40,13 +42,18 @@ def digest(path: str, data: bytes) -> str:
 
 def files_of(folder: Path) -> dict[str, bytes]:
     """Every file under a folder as a repository's."""
-    return {f.relative_to(folder).as_posix(): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+    return {
+        f.relative_to(folder).as_posix(): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()
+    }
 
 
 def released(model_bytes: int = 300_000) -> dict[str, bytes]:
     """A repository of the released layout, of bytes that mean nothing."""
     files = {"Wan2.2_VAE.pth": bytes(i * 7 % 251 for i in range(50_000)), "README.md": b"# Lance"}
-    files |= {"Qwen2.5-VL-ViT/config.json": b"{}", "Qwen2.5-VL-ViT/vit.safetensors": bytes(i * 3 % 253 for i in range(20_000))}
+    files |= {
+        "Qwen2.5-VL-ViT/config.json": b"{}",
+        "Qwen2.5-VL-ViT/vit.safetensors": bytes(i * 3 % 253 for i in range(20_000)),
+    }
     for name in ("Lance_3B", "Lance_3B_Video"):
         texts = ("llm_config.json", "tokenizer.json", "vocab.json", "merges.txt", "generation_config.json")
         files |= {f"{name}/{text}": f"{name} {text}\n".encode() for text in texts}
@@ -100,7 +107,14 @@ class Hub:
             if path.endswith(LARGE):
                 one["lfs"] = {"sha256": digest(path, data), "size": len(data), "pointerSize": 134}
             siblings.append(one)
-        return {"id": REPO, "modelId": REPO, "sha": self.commit, "private": False, "tags": [], "siblings": siblings}
+        return {
+            "id": REPO,
+            "modelId": REPO,
+            "sha": self.commit,
+            "private": False,
+            "tags": [],
+            "siblings": siblings,
+        }
 
     def cache(self, folder: Path, paths: list[str]) -> None:
         """Write files as huggingface_hub's cache in `folder` (HF_HOME/hub) would hold them."""
@@ -109,7 +123,10 @@ class Hub:
         (base / "refs" / "main").write_text(self.commit)
         (base / "blobs").mkdir()
         for path in paths:
-            blob, link = base / "blobs" / digest(path, self.files[path]), base / "snapshots" / self.commit / path
+            blob, link = (
+                base / "blobs" / digest(path, self.files[path]),
+                base / "snapshots" / self.commit / path,
+            )
             blob.write_bytes(self.files[path])
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(blob)
@@ -196,7 +213,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
 
-# -- for tests of the download ------------------------------------------------------------------------------------------
+# -- for tests of the download -------------------------------------------------------------------------------
 
 
 def needed(hub: Hub, name: str = "Lance_3B") -> set[str]:
@@ -206,7 +223,11 @@ def needed(hub: Hub, name: str = "Lance_3B") -> set[str]:
 
 def there(root: Path) -> dict[str, bytes]:
     """The files under their final names."""
-    return {p: data for p, data in files_of(root).items() if not p.endswith(".part") and not Path(p).name.startswith(".lance-")}
+    return {
+        p: data
+        for p, data in files_of(root).items()
+        if not p.endswith(".part") and not Path(p).name.startswith(".lance-")
+    }
 
 
 def damage(path: Path) -> None:
@@ -220,7 +241,7 @@ def damage(path: Path) -> None:
 CHILD = """
 import os, signal, sys, types
 package = types.ModuleType("lance_core"); package.__path__ = [sys.argv[1]]; sys.modules["lance_core"] = package
-from lance_core import download, transfer
+from lance_core.hub import download, http as transfer
 transfer.CHUNK, transfer.POLL, download.MARGIN = 16384, 0.05, 0
 import huggingface_hub.hf_api
 where, count = sys.argv[4], [0]

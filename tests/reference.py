@@ -1,7 +1,9 @@
-"""A second opinion on the decoder, written from the model's description alone: slow, plain, and sharing no code with lance_core.
+"""A second opinion on the decoder, written from the model's description alone: slow, plain, and sharing no
+code with lance_core.
 
-No cache, no two streams: every call runs the whole sequence in reading order in one pass, under one boolean attention mask,
-each token's expert picked by boolean index. Weights are the checkpoint's own dictionary, arithmetic is float32.
+No cache, no two streams: every call runs the whole sequence in reading order in one pass, under one boolean
+attention mask, each token's expert picked by boolean index. Weights are the checkpoint's own dictionary,
+arithmetic is float32.
 """
 
 from __future__ import annotations
@@ -34,7 +36,12 @@ def positions(blocks: list[Block], per_second: float, offsets: bool = True) -> l
             p += len(b.ids)
             continue
         nt, nh, nw = b.grid
-        cells = [[int(t * per_second) + p + 1, y + p + 1, x + p + 1] for t in range(nt) for y in range(nh) for x in range(nw)]
+        cells = [
+            [int(t * per_second) + p + 1, y + p + 1, x + p + 1]
+            for t in range(nt)
+            for y in range(nh)
+            for x in range(nw)
+        ]
         last = max(max(cell) for cell in cells) + 1
         out.append(torch.tensor([[p] * 3, *cells, [last] * 3]))
         p = last + 1
@@ -55,7 +62,9 @@ def positions(blocks: list[Block], per_second: float, offsets: bool = True) -> l
 
 
 def unconditional(blocks: list[Block], per_second: float) -> tuple[list[Block], list[Tensor]]:
-    """Without the caption: the context keeps its positions, the target is placed as if the caption had never been there."""
+    """Without the caption: the context keeps its positions, the target is placed as if the caption had never
+    been there.
+    """
     kept = [(b, p) for b, p in zip(blocks, positions(blocks, per_second), strict=True) if b.role != "caption"]
     without = [b for b, _ in kept]
     afresh = positions(without, per_second)
@@ -72,11 +81,15 @@ def coordinate_table(grid: tuple[int, int, int], hidden: int) -> Tensor:
     third = hidden // 3 // 2 * 2
     rows = []
     for t, h, w in torch.cartesian_prod(*(torch.arange(n) for n in grid)).reshape(-1, 3).tolist():
-        index = 64 * 64 * t + 64 * h + w  # of the trained table, whose rows have 64 cells: a wider row runs on into the next
+        index = (
+            64 * 64 * t + 64 * h + w
+        )  # of the trained table, whose rows have 64 cells: a wider row runs on into the next
         cell = index // 4096, index // 64 % 64, index % 64
         row = []
         for at, width in zip(cell, (third, third, hidden - 2 * third), strict=True):
-            angles = torch.tensor([at / 10000 ** (i / (width / 2)) for i in range(width // 2)], dtype=torch.float64)
+            angles = torch.tensor(
+                [at / 10000 ** (i / (width / 2)) for i in range(width // 2)], dtype=torch.float64
+            )
             row += [angles.sin(), angles.cos()]
         rows.append(torch.cat(row).float())
     return torch.stack(rows)
@@ -87,16 +100,24 @@ def rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 class Model:
-    """weights: all of model.safetensors as float32; config: llm_config.json; start, end, pad: ids of the visual markers."""
+    """weights: all of model.safetensors as float32; config: llm_config.json; start, end, pad: ids of the
+    visual markers.
+    """
 
     def __init__(self, weights: dict[str, Tensor], config: dict, start: int, end: int, pad: int) -> None:
-        self.w, self.config, self.specials = {k: v.float() for k, v in weights.items()}, config, (start, end, pad)
+        self.w, self.config, self.specials = (
+            {k: v.float() for k, v in weights.items()},
+            config,
+            (start, end, pad),
+        )
 
     def linear(self, x: Tensor, name: str) -> Tensor:
         return F.linear(x, self.w[f"{name}.weight"], self.w.get(f"{name}.bias"))
 
     def embed(self, b: Block, t: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Inputs [n, hidden] of a block and which of them are the generation expert's. t: [frames] of the target."""
+        """Inputs [n, hidden] of a block and which of them are the generation expert's. t: [frames] of the
+        target.
+        """
         table = self.w["language_model.model.embed_tokens.weight"]
         if b.kind == "text":
             return table[torch.tensor(b.ids, dtype=torch.long)], torch.zeros(len(b.ids), dtype=torch.bool)
@@ -108,13 +129,17 @@ class Model:
         else:
             gen[1:-1] = True
             t = torch.zeros(b.grid[0]) if b.kind == "clean" else t
-            time = self.linear(F.silu(self.linear(time_features(t), "time_embedder.mlp.0")), "time_embedder.mlp.2")
+            time = self.linear(
+                F.silu(self.linear(time_features(t), "time_embedder.mlp.0")), "time_embedder.mlp.2"
+            )
             x[1:-1] = self.linear(b.data.reshape(n, 48), "vae2llm") + time.repeat_interleave(n // len(t), 0)
             x[1:-1] += coordinate_table(b.grid, x.shape[1])
         return x, gen
 
     def rope(self, position: Tensor, width: int) -> tuple[Tensor, Tensor]:
-        axis = [a for a, count in enumerate(self.config["rope_scaling"]["mrope_section"]) for _ in range(count)]
+        axis = [
+            a for a, count in enumerate(self.config["rope_scaling"]["mrope_section"]) for _ in range(count)
+        ]
         theta = torch.tensor(self.config["rope_theta"], dtype=torch.float32)
         exact = [1 / theta ** torch.tensor(2 * i / width, dtype=torch.float32) for i in range(len(axis))]
         rounded = torch.stack(exact).to(torch.bfloat16).float()  # as the weights were trained
@@ -132,7 +157,10 @@ class Model:
         order = torch.arange(len(x))
         same = owner[:, None] == owner[None]
         mask = (owner[None] < owner[:, None]) | (same & (~causal[:, None] | (order[None] <= order[:, None])))
-        eps, groups = self.config["rms_norm_eps"], self.config["num_attention_heads"] // self.config["num_key_value_heads"]
+        eps, groups = (
+            self.config["rms_norm_eps"],
+            self.config["num_attention_heads"] // self.config["num_key_value_heads"],
+        )
         width = len(self.w["language_model.model.layers.0.self_attn.q_norm.weight"])
         cos, sin = self.rope(torch.cat(position), width)
 
@@ -148,7 +176,9 @@ class Model:
 
         for n in range(self.config["num_hidden_layers"]):
             at = f"language_model.model.layers.{n}."
-            y = experts(lambda rows, s, at=at, x=x: rms(x[rows], self.w[f"{at}input_layernorm{s}.weight"], eps))
+            y = experts(
+                lambda rows, s, at=at, x=x: rms(x[rows], self.w[f"{at}input_layernorm{s}.weight"], eps)
+            )
 
             def heads(which: str, norm: bool, at=at, y=y) -> Tensor:
                 def one(rows: Tensor, s: str) -> Tensor:
@@ -160,12 +190,17 @@ class Model:
             q, k, v = turn(heads("q", True)), turn(heads("k", True)), heads("v", False)
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
             scores = torch.einsum("qhd,khd->hqk", q, k) / width**0.5
-            mixed = torch.einsum("hqk,khd->qhd", scores.masked_fill(~mask, -torch.inf).softmax(-1), v).flatten(1)
+            mixed = torch.einsum(
+                "hqk,khd->qhd", scores.masked_fill(~mask, -torch.inf).softmax(-1), v
+            ).flatten(1)
             x = x + experts(lambda rows, s, at=at, m=mixed: self.linear(m[rows], f"{at}self_attn.o_proj{s}"))
 
             def feed(rows: Tensor, s: str, at=at, x=x) -> Tensor:
                 h, mlp = rms(x[rows], self.w[f"{at}post_attention_layernorm{s}.weight"], eps), f"{at}mlp{s}"
-                return self.linear(F.silu(self.linear(h, f"{mlp}.gate_proj")) * self.linear(h, f"{mlp}.up_proj"), f"{mlp}.down_proj")
+                return self.linear(
+                    F.silu(self.linear(h, f"{mlp}.gate_proj")) * self.linear(h, f"{mlp}.up_proj"),
+                    f"{mlp}.down_proj",
+                )
 
             x = x + experts(feed)
         return list(x.split(sizes))
@@ -180,10 +215,16 @@ class Model:
 
     def logits(self, blocks: list[Block], position: list[Tensor]) -> Tensor:
         """Of the token after each one of the last block, [n, rows]."""
-        normed = rms(self.run(blocks, position)[-1], self.w["language_model.model.norm.weight"], self.config["rms_norm_eps"])
+        normed = rms(
+            self.run(blocks, position)[-1],
+            self.w["language_model.model.norm.weight"],
+            self.config["rms_norm_eps"],
+        )
         return self.linear(normed, "language_model.lm_head")
 
-    def sample(self, cond, uncond, x: Tensor, *, steps, shift, cfg, interval, renorm, renorm_min, first_frame=None) -> Tensor:
+    def sample(
+        self, cond, uncond, x: Tensor, *, steps, shift, cfg, interval, renorm, renorm_min, first_frame=None
+    ) -> Tensor:
         """Noise x [t, h, w, 48] to a latent by Euler with guidance; cond, uncond: (blocks, positions)."""
         x, fixed = x.clone(), 0
         if first_frame is not None:
@@ -201,6 +242,8 @@ class Model:
                 if renorm == "global":
                     v = v * (c.norm() / (v.norm() + 1e-8)).clamp(renorm_min, 1)
                 elif renorm == "channel":
-                    v = v * (c.norm(dim=-1, keepdim=True) / (v.norm(dim=-1, keepdim=True) + 1e-8)).clamp(renorm_min, 1)
+                    v = v * (c.norm(dim=-1, keepdim=True) / (v.norm(dim=-1, keepdim=True) + 1e-8)).clamp(
+                        renorm_min, 1
+                    )
             x[fixed:] -= v[fixed:] * (now - after)
         return x

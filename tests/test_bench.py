@@ -13,22 +13,23 @@ import torch
 from benching import CHECKPOINT, options, tiny
 from torch.utils.flop_counter import FlopCounterMode
 
-from lance_core import bench, bench_measure, bench_tools
-from lance_core import bench_cost as cost
-from lance_core.bench_baseline import Baseline, parts_of
-from lance_core.bench_case import case_of, noise
-from lance_core.bench_measure import Bench, Engine
-from lance_core.bench_tools import Meter, cut_layers, materialise
-from lance_core.bench_vae import BaselineVAE
-from lance_core.checkpoint import Checkpoint
+from lance_core.bench import cost as cost
+from lance_core.bench import device, measure
+from lance_core.bench import run as bench_run
+from lance_core.bench.case import case_of, noise
+from lance_core.bench.device import Meter, cut_layers, materialise
+from lance_core.bench.measure import Bench, Engine
+from lance_core.bench.released_decoder import Baseline, parts_of
+from lance_core.bench.released_vae import BaselineVAE
+from lance_core.checkpoint.checkpoint import Checkpoint
 from lance_core.config import RELEASED_LLM, LanceConfig, LLMConfig, VAEConfig, ViTConfig
-from lance_core.decoder import join
 from lance_core.errors import CheckpointError, RequestError
-from lance_core.model import Branch, DualExpert, Generation, Plan, Prepared, Understanding
-from lance_core.sampler import Guidance, schedule
-from lance_core.token_loop import TokenLoop
-from lance_core.vae import WanVAE
-from lance_core.vit import VisionTower
+from lance_core.model.decoder import join
+from lance_core.model.dual_expert import Branch, DualExpert, Generation, Plan, Prepared, Understanding
+from lance_core.model.sampler import Guidance, schedule
+from lance_core.model.token_loop import TokenLoop
+from lance_core.model.vit import VisionTower
+from lance_core.vae.wan import WanVAE
 
 pytestmark = pytest.mark.usefixtures("small_rates")
 LLM = LLMConfig(48, 80, 3, 6, 2, 8, 64, 1e4, (1, 1, 2), 1e-6)
@@ -41,7 +42,11 @@ CPU = torch.device("cpu")
 def plain_attention(q, k, v, causal=False):
     """Attention as two matrix products, which torch's counter sees on every device."""
     groups = q.shape[2] // k.shape[2]
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2).repeat_interleave(groups, 1), v.transpose(1, 2).repeat_interleave(groups, 1)
+    q, k, v = (
+        q.transpose(1, 2),
+        k.transpose(1, 2).repeat_interleave(groups, 1),
+        v.transpose(1, 2).repeat_interleave(groups, 1),
+    )
     scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
     if causal:
         queries, keys = scores.shape[-2:]
@@ -71,7 +76,7 @@ def request_of(frames: int = 1, **options):
     return case, sequence, Plan.of(sequence, 2, case.guidance)
 
 
-# -- costs ------------------------------------------------------------------------------------------------------------
+# -- costs ---------------------------------------------------------------------------------------------------
 
 
 def test_released_costs_are_the_known_ones():
@@ -93,7 +98,10 @@ def test_decoder_costs_equal_torchs_count(kind):
     rows = [Branch(prepared, i) for i in range(len(plan.rests)) for _ in range(case.batch)]
     x, t = noise(len(rows), *case.grid, 48), torch.full((len(rows), case.grid[0]), 0.5)
     contexts = [plan.lengths[0] + n for n in plan.lengths[1]]
-    assert counted(lambda: model.velocity(rows, x, t)) == cost.step(LLM, case.grid, contexts, case.batch, 4).flops
+    assert (
+        counted(lambda: model.velocity(rows, x, t))
+        == cost.step(LLM, case.grid, contexts, case.batch, 4).flops
+    )
 
 
 @torch.inference_mode()
@@ -124,7 +132,7 @@ def test_vae_cost_equals_torchs_count(frames):
     assert counted(lambda: vae.decode(latent)) == cost.vae(VAE, (frames, 4, 6), True, 4).flops
 
 
-# -- the baseline -----------------------------------------------------------------------------------------------------
+# -- the baseline --------------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
@@ -142,7 +150,9 @@ def test_baseline_gives_the_same_velocity_and_result(edit):
     x = noise(2, *case.grid, 48)
     for guidance in (Guidance(), Guidance(1.0)):
         slow = baseline.denoise(sides, sequence, x, schedule(3), guidance)
-        torch.testing.assert_close(slow, Engine(model).denoise(prepared, x, schedule(3), guidance), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            slow, Engine(model).denoise(prepared, x, schedule(3), guidance), rtol=1e-4, atol=1e-4
+        )
 
 
 @torch.inference_mode()
@@ -153,7 +163,9 @@ def test_baseline_writes_the_same_logits():
     side, logits = baseline.read(question, 2)
     torch.testing.assert_close(logits, ours, rtol=1e-4, atol=1e-5)
     for i, token in enumerate((4, 9)):
-        torch.testing.assert_close(baseline.next_token(side, token, position + i), following(token), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            baseline.next_token(side, token, position + i), following(token), rtol=1e-4, atol=1e-5
+        )
 
 
 @torch.inference_mode()
@@ -180,20 +192,27 @@ def test_the_baseline_vae_gives_the_same_pictures(frames):
     for weight in vae.parameters():
         weight.add_(0.1 * torch.randn_like(weight))
     slow, scale = BaselineVAE(vae), VAE.spatial_ratio
-    latent, pixels = noise(1, 48, frames, 4, 6), noise(1, 3, 1 + VAE.temporal_ratio * (frames - 1), 4 * scale, 6 * scale).clamp(-1, 1)
+    latent, pixels = (
+        noise(1, 48, frames, 4, 6),
+        noise(1, 3, 1 + VAE.temporal_ratio * (frames - 1), 4 * scale, 6 * scale).clamp(-1, 1),
+    )
     decoded, encoded = vae.decode(latent), vae.encode(pixels)
     assert decoded.std() > 0.05 and encoded.std() > 0.05
     torch.testing.assert_close(slow.decode(latent), decoded, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(slow.encode(pixels), encoded, rtol=1e-4, atol=1e-4)
 
 
-# -- tools ------------------------------------------------------------------------------------------------------------
+# -- tools ---------------------------------------------------------------------------------------------------
 
 
 def test_random_weights_are_finite_and_leave_global_state_alone():
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    for part in (Understanding(LLM, device="meta"), VisionTower(VIT, device="meta"), WanVAE(VAE, device="meta")):
+    for part in (
+        Understanding(LLM, device="meta"),
+        VisionTower(VIT, device="meta"),
+        WanVAE(VAE, device="meta"),
+    ):
         module = materialise(part, CPU, torch.bfloat16)
         for name, weight in module.named_parameters():
             assert weight.device == CPU and weight.dtype == torch.bfloat16 and not weight.requires_grad, name
@@ -213,7 +232,7 @@ def test_memory_is_measured_where_the_system_can():
     """In a process of its own: here, an allocator may still hold enough from other tests to hide 256 MiB."""
     program = """
 import torch
-from lance_core.bench_tools import Peak, free_memory
+from lance_core.bench.device import Peak, free_memory
 assert free_memory(torch.device("cpu")) > 0
 peak = Peak(torch.device("cpu"))
 peak.reset()
@@ -222,16 +241,18 @@ torch.ones(1 << 26).sum()  # gone again
 print("unknown" if before is None else peak.read() - before)
 """
     root = Path(__file__).parents[1]
-    grown = subprocess.run([sys.executable, "-c", program], cwd=root, check=True, capture_output=True, text=True).stdout.strip()
+    grown = subprocess.run(
+        [sys.executable, "-c", program], cwd=root, check=True, capture_output=True, text=True
+    ).stdout.strip()
     if grown == "unknown":
         pytest.skip("/proc does not say here")
     assert 200 << 20 < int(grown) < 400 << 20
 
 
 def test_other_programs_are_noticed():
-    if bench_tools.Others().cores() is None:
+    if device.Others().cores() is None:
         pytest.skip("/proc does not say here")
-    others = bench_tools.Others()
+    others = device.Others()
     subprocess.run([sys.executable, "-c", "sum(range(10**8))"], check=True)
     assert others.cores() > 0.2  # a core's worth, less what starting it took
 
@@ -251,11 +272,21 @@ def test_meter_keeps_to_its_budget_but_takes_two_turns(repeat, budget, runs):
     assert found["runs"] == runs == len(ran) - 1  # and a warm-up
 
 
-# -- whole runs -------------------------------------------------------------------------------------------------------
+# -- whole runs ----------------------------------------------------------------------------------------------
 
 
 def check_measure(entry: dict, decoder: bool, baseline: bool, cut: bool) -> None:
-    wanted = {"seconds", "fastest", "slowest", "runs", "working_bytes", "peak_bytes", "flops", "bytes", "limit_seconds"}
+    wanted = {
+        "seconds",
+        "fastest",
+        "slowest",
+        "runs",
+        "working_bytes",
+        "peak_bytes",
+        "flops",
+        "bytes",
+        "limit_seconds",
+    }
     wanted |= {"share_of_limit", "share_of_matmul", "share_of_copy"}
     wanted |= {"baseline"} if baseline else set()
     wanted |= {"extrapolated"} if decoder and cut else set()
@@ -268,24 +299,32 @@ def test_a_whole_run(dtype, tmp_path):
     seen = []
     out = tmp_path / "bench.json"
     args = tiny("--dtype", dtype, "--size", "64x48", "32x32", "--edit", "--baseline", "--output", str(out))
-    result = bench.run(args, lambda what, done, total: seen.append((what, done, total)))
+    result = bench_run.run(args, lambda what, done, total: seen.append((what, done, total)))
     assert result == json.loads(out.read_text())
     assert set(result) == {"format", "environment", "model", "rates", "repeat", "cases"}
     assert result["environment"]["dtype"] == dtype and result["environment"]["device"] == "cpu"
     assert result["model"]["layers"] == result["model"]["layers_measured"] and result["model"]["cut"] is None
     assert [(c["width"], c["height"]) for c in result["cases"]] == [(64, 48), (32, 32)]
     for case in result["cases"]:
-        assert set(case["measures"]) == {"prefill_edit", "step", "step_unguided", "token", "vit", "encode", "decode"}
+        assert set(case["measures"]) == {
+            "prefill_edit",
+            "step",
+            "step_unguided",
+            "token",
+            "vit",
+            "encode",
+            "decode",
+        }
         for name, entry in case["measures"].items():
             check_measure(entry, name not in ("vit", "encode", "decode"), baseline=name != "vit", cut=False)
         assert case["denoising"]["guided_steps"] == 26 and case["denoising"]["extrapolated"] is False
     assert any("step" in what for what, _, _ in seen) and all(done <= total for _, done, total in seen)
-    text = bench.report(result)
+    text = bench_run.report(result)
     assert "64x48" in text and "step_unguided" in text and "extrapolated" not in text
 
 
 def test_a_cut_model_is_extrapolated_and_says_so():
-    result = bench.run(tiny("--layers", "1", "--frames", "5", "--skip", "encode", "decode", "vit"))
+    result = bench_run.run(tiny("--layers", "1", "--frames", "5", "--skip", "encode", "decode", "vit"))
     model, (case,) = result["model"], result["cases"]
     assert (model["layers"], model["layers_measured"], model["cut"]) == (3, 1, "as asked")
     assert case["grid"] == [2, 3, 4] and case["denoising"]["extrapolated"] is True
@@ -295,36 +334,44 @@ def test_a_cut_model_is_extrapolated_and_says_so():
         assert far["layers"] == 3 and far["flops"] > entry["flops"]
         fixed = far["seconds_without_layers"]
         assert far["seconds"] == pytest.approx(fixed + 3 * max(entry["seconds"] - fixed, 0)), name
-    assert "1 of 3 layers (as asked)" in bench.report(result) and "extrapolated to all layers" in bench.report(result)
+    assert "1 of 3 layers (as asked)" in bench_run.report(
+        result
+    ) and "extrapolated to all layers" in bench_run.report(result)
 
 
 def test_both_experts_are_compiled_if_asked(monkeypatch):
     seen = []
-    monkeypatch.setattr(bench, "check_compiler", lambda device: seen.append(str(device)))
-    monkeypatch.setattr(bench_measure, "compile_layers", lambda module: (seen.append(type(module)), module)[1])
-    result = bench.run(tiny("--compile", "--skip", "vit", "encode", "decode", "token", "prefill"))
-    assert seen == ["cpu", Understanding, Generation] and result["model"]["compiled"] and ", compiled" in bench.report(result)
+    monkeypatch.setattr(bench_run, "check_compiler", lambda device: seen.append(str(device)))
+    monkeypatch.setattr(measure, "compile_layers", lambda module: (seen.append(type(module)), module)[1])
+    result = bench_run.run(tiny("--compile", "--skip", "vit", "encode", "decode", "token", "prefill"))
+    assert (
+        seen == ["cpu", Understanding, Generation]
+        and result["model"]["compiled"]
+        and ", compiled" in bench_run.report(result)
+    )
 
 
 def test_layers_are_cut_to_what_memory_holds(monkeypatch):
-    args = tiny("--dtype", "float32", "--no-guidance", "--skip", "prefill", "token", "vit", "encode", "decode")
+    args = tiny(
+        "--dtype", "float32", "--no-guidance", "--skip", "prefill", "token", "vit", "encode", "decode"
+    )
     config = Checkpoint(CHECKPOINT).config
     work = Bench(config, CPU, torch.float32, 1, False)
     case = case_of(config, "64x48", guidance=False, context=7)
     for layers in (1, 2, 3):
         free = work.memory(case, layers)
-        monkeypatch.setattr(bench_measure, "free_memory", lambda device, free=free: free)
-        model = bench.run(args)["model"]
+        monkeypatch.setattr(measure, "free_memory", lambda device, free=free: free)
+        model = bench_run.run(args)["model"]
         assert model["layers_measured"] == layers and (model["cut"] is None) == (layers == 3)
         assert layers == 3 or f"hold {layers} layers of 3" in model["cut"]
-    monkeypatch.setattr(bench_measure, "free_memory", lambda device: work.memory(case, 1) - 1)
+    monkeypatch.setattr(measure, "free_memory", lambda device: work.memory(case, 1) - 1)
     with pytest.raises(RequestError, match="too few for one layer"):
-        bench.run(args)
+        bench_run.run(args)
 
 
 def test_parts_a_checkpoint_lacks_are_left_out(monkeypatch):
-    monkeypatch.setattr(bench, "_config", lambda name: replace(CONFIG, vit=None, vae=None))
-    result = bench.run(tiny("--dtype", "float32"))
+    monkeypatch.setattr(bench_run, "_config", lambda name: replace(CONFIG, vit=None, vae=None))
+    result = bench_run.run(tiny("--dtype", "float32"))
     assert set(result["cases"][0]["measures"]) == {"prefill_text", "step", "step_unguided", "token"}
 
 
@@ -356,12 +403,12 @@ def test_wrong_options_are_refused(words, says):
     if words[0] == "--size":
         words = [f"{words[0]}={words[1]}"]
     with pytest.raises(RequestError, match=says):
-        bench.run(tiny(*words))
+        bench_run.run(tiny(*words))
 
 
 def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path):
     with pytest.raises(CheckpointError):
-        bench.run(options("--model", str(tmp_path), "--device", "cpu"))
+        bench_run.run(options("--model", str(tmp_path), "--device", "cpu"))
 
 
 @torch.inference_mode()

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from benching import suite
 from test_bench_suite import ROWS
 
-from lance_core import bench
-from lance_core.bench_profile import BETWEEN, COUNTED, NAMES, REST, kind_of, profile, shares, summary
+from lance_core.bench import run as bench_run
+from lance_core.bench.profile import BETWEEN, COUNTED, NAMES, REST, kind_of, profile, shares, summary
 
 pytestmark = pytest.mark.usefixtures("small_rates")
 CPU = torch.device("cpu")
@@ -22,7 +22,9 @@ NONE, CUDA = torch.autograd.DeviceType.CPU, torch.autograd.DeviceType.CUDA
 def event(name: str, took: float = 0.0, parent=None, device=NONE, **more) -> SimpleNamespace:
     """As torch's profiler has them, times in microseconds."""
     span = SimpleNamespace(elapsed_us=lambda: took)
-    return SimpleNamespace(name=name, device_type=device, self_cpu_time_total=took, time_range=span, cpu_parent=parent, **more)
+    return SimpleNamespace(
+        name=name, device_type=device, self_cpu_time_total=took, time_range=span, cpu_parent=parent, **more
+    )
 
 
 @pytest.mark.parametrize(
@@ -30,12 +32,24 @@ def event(name: str, took: float = 0.0, parent=None, device=NONE, **more) -> Sim
     [
         (
             "matrix products",
-            "aten::mm aten::addmm aten::bmm aten::mkldnn_linear nvjet_tst_128x256 sm90_xmma_gemm_bf16 cutlass::Kernel2 gemv2T",
+            "aten::mm aten::addmm aten::bmm aten::mkldnn_linear nvjet_tst_128x256 sm90_xmma_gemm_bf16 "
+            "cutlass::Kernel2 gemv2T",
         ),
-        ("attention", "aten::_scaled_dot_product_flash_attention_for_cpu pytorch_flash::flash_fwd_kernel cudnn_generated_fort_native_sdpa"),
-        ("convolutions", "aten::mkldnn_convolution cudnn::cnn::conv2d_grouped sm80_xmma_fprop_implicit_gemm_bf16"),
+        (
+            "attention",
+            "aten::_scaled_dot_product_flash_attention_for_cpu pytorch_flash::flash_fwd_kernel "
+            "cudnn_generated_fort_native_sdpa",
+        ),
+        (
+            "convolutions",
+            "aten::mkldnn_convolution cudnn::cnn::conv2d_grouped sm80_xmma_fprop_implicit_gemm_bf16",
+        ),
         ("norms", "aten::_fused_rms_norm aten::linalg_vector_norm vectorized_layer_norm_kernel"),
-        ("copies", "aten::copy_ aten::cat aten::clone aten::index_copy_ aten::_to_copy CatArrayBatchedCopy aten::fill_"),
+        (
+            "copies",
+            "aten::copy_ aten::cat aten::clone aten::index_copy_ aten::_to_copy CatArrayBatchedCopy "
+            "aten::fill_",
+        ),
         (REST, "aten::mul aten::silu_ aten::add_ triton_poi_fused_mul_silu_0 aten::comm aten::concordance"),
     ],
 )
@@ -60,8 +74,12 @@ def test_a_cpu_counts_operators_and_a_gpu_kernels():
     ]
     events.append(event("step", 9e5, device=CUDA, is_user_annotation=True))
     here, there = summary(events, 1.0, CPU), summary(events, 1.0, torch.device("cuda"))
-    assert here["kinds"] == pytest.approx(dict.fromkeys(NAMES, 0.0) | {"matrix products": 0.3, REST: 0.2, BETWEEN: 0.5})
-    assert there["kinds"] == pytest.approx(dict.fromkeys(NAMES, 0.0) | {"matrix products": 0.2, REST: 0.1, BETWEEN: 0.7})
+    assert here["kinds"] == pytest.approx(
+        dict.fromkeys(NAMES, 0.0) | {"matrix products": 0.3, REST: 0.2, BETWEEN: 0.5}
+    )
+    assert there["kinds"] == pytest.approx(
+        dict.fromkeys(NAMES, 0.0) | {"matrix products": 0.2, REST: 0.1, BETWEEN: 0.7}
+    )
     assert here["operations"] == [["aten::mm", "matrix products", 0.3, 1], ["aten::mul", REST, 0.2, 2]]
     assert shares(there)["matrix products"] == pytest.approx(0.2)
     busy = summary(events, 0.1, CPU)  # two streams at once may take longer than the clock says
@@ -80,21 +98,42 @@ def test_a_call_is_taken_apart():
         time.sleep(0.2)
 
     found = profile(call, CPU)
-    assert len(calls) == 2 and {"matrix products", "convolutions", REST} <= {kind for kind, took in found["kinds"].items() if took > 0}
+    assert len(calls) == 2 and {"matrix products", "convolutions", REST} <= {
+        kind for kind, took in found["kinds"].items() if took > 0
+    }
     assert found["kinds"][BETWEEN] > 0.15 and sum(found["kinds"].values()) == pytest.approx(found["seconds"])
-    assert found["operations"][0][2] == max(took for _, _, took, _ in found["operations"]) and len(found["operations"]) <= 12
+    assert (
+        found["operations"][0][2] == max(took for _, _, took, _ in found["operations"])
+        and len(found["operations"]) <= 12
+    )
 
 
 def test_the_suite_says_what_its_time_goes_to(smaller):
-    result = bench.run(suite("small", "--profile", "--skip", "baseline", "growth", "t2i_batch4", "t2v", "decode_video", "encode_video"))
+    result = bench_run.run(
+        suite(
+            "small",
+            "--profile",
+            "--skip",
+            "baseline",
+            "growth",
+            "t2i_batch4",
+            "t2v",
+            "decode_video",
+            "encode_video",
+        )
+    )
     for row in result["rows"]:
         part = shares(row["profile"])
         assert set(part) == set(NAMES) and sum(part.values()) == pytest.approx(1), row["name"]
-        assert part["convolutions" if row["kind"] in ("encode", "decode") else "matrix products"] > 0, row["name"]
-    text = bench.report(result)
+        assert part["convolutions" if row["kind"] in ("encode", "decode") else "matrix products"] > 0, row[
+            "name"
+        ]
+    text = bench_run.report(result)
     first = result["rows"][0]
     rate = first["share_of_limit"] / sum(shares(first["profile"])[kind] for kind in COUNTED)
     assert "What the time goes to" in text and f"{rate:.0%} of the limit's rate" in text
-    quiet = bench.run(suite("small", "--skip", "baseline", "growth", *ROWS[1:]))
-    assert "profile" not in quiet["rows"][0] and "What the time goes to" not in bench.report(quiet)
-    assert "What the time goes to" in bench.markdown(result) and "| convolutions |" in bench.markdown(result)
+    quiet = bench_run.run(suite("small", "--skip", "baseline", "growth", *ROWS[1:]))
+    assert "profile" not in quiet["rows"][0] and "What the time goes to" not in bench_run.report(quiet)
+    assert "What the time goes to" in bench_run.markdown(result) and "| convolutions |" in bench_run.markdown(
+        result
+    )

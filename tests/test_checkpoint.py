@@ -1,4 +1,6 @@
-"""Files on disk: what is found where, what damage is named how, and what never happens (code run, memory wasted)."""
+"""Files on disk: what is found where, what damage is named how, and what never happens (code run, memory
+wasted).
+"""
 
 from __future__ import annotations
 
@@ -16,10 +18,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import lance_core
-from lance_core import CheckpointError, convert, info
-from lance_core.checkpoint import Checkpoint, named_weights
-from lance_core.decoder import homes, join
-from lance_core.weights import SafetensorsFile, TorchFile, open_weights
+from lance_core import CheckpointError
+from lance_core.checkpoint import convert, describe
+from lance_core.checkpoint.checkpoint import Checkpoint, named_weights
+from lance_core.checkpoint.tensor_files import SafetensorsFile, TorchFile, open_weights
+from lance_core.model.decoder import homes, join
 
 LAYER = "language_model.model.layers.1."
 
@@ -41,7 +44,7 @@ def refused(folder: Path, *words: str, **options) -> str:
     return message
 
 
-# -- finding ----------------------------------------------------------------------------------------------------------
+# -- finding -------------------------------------------------------------------------------------------------
 
 
 def test_a_missing_folder(tmp_path):
@@ -49,7 +52,11 @@ def test_a_missing_folder(tmp_path):
 
 
 def test_a_file_is_no_folder(checkpoint_copy):
-    refused(checkpoint_copy / "model.safetensors", "single file without llm_config and tokenizer", "released folder")
+    refused(
+        checkpoint_copy / "model.safetensors",
+        "single file without llm_config and tokenizer",
+        "released folder",
+    )
 
 
 def test_a_folder_that_is_no_checkpoint(tmp_path):
@@ -73,13 +80,18 @@ def test_the_variant_is_told(opened, variant):
 
 def test_the_vit_is_found_inside_or_beside(opened, golden, tmp_path):
     """The video checkpoint carries its own ViT; the image one has it beside."""
-    inside, beside = (opened(n).checkpoint.parts["vit"].tensors["merger.ln_q.weight"] for n in ("Lance_3B_Video", "Lance_3B"))
+    inside, beside = (
+        opened(n).checkpoint.parts["vit"].tensors["merger.ln_q.weight"]
+        for n in ("Lance_3B_Video", "Lance_3B")
+    )
     assert inside[1] == "vit_model.merger.ln_q.weight" and inside[0].path.parent.name == "Lance_3B_Video"
     assert beside[1] == "merger.ln_q.weight" and beside[0].path.parent.name == "Qwen2.5-VL-ViT"
     alone = tmp_path / "Lance_3B_Video"
     shutil.copytree(golden / "checkpoint" / "Lance_3B_Video", alone)
     lance = opens(alone)
-    assert lance.understand("?", image=torch.zeros(9, 9, 3), resolution="image_256res", max_new_tokens=1).token_ids
+    assert lance.understand(
+        "?", image=torch.zeros(9, 9, 3), resolution="image_256res", max_new_tokens=1
+    ).token_ids
     with pytest.raises(CheckpointError, match=r"no VAE.*Wan2\.2_VAE\.pth"):
         draw(lance)
 
@@ -103,7 +115,12 @@ def test_vit_and_vae_may_be_given(checkpoint_copy, tmp_path, what):
         opens(checkpoint_copy).generate("image_edit", "a", **ask)
     given_ = [elsewhere / name] + ([elsewhere / name / "vit.safetensors"] if what == "vit" else [])
     for path in given_:
-        assert opens(checkpoint_copy, **{what: path}).generate("image_edit", "a", **ask).latent.shape == (1, 16, 16, 48)
+        assert opens(checkpoint_copy, **{what: path}).generate("image_edit", "a", **ask).latent.shape == (
+            1,
+            16,
+            16,
+            48,
+        )
     refused(checkpoint_copy, f"given as {what}=", **{what: elsewhere / "none"})
 
 
@@ -112,10 +129,12 @@ def test_the_vae_as_safetensors(checkpoint_copy):
     path = checkpoint_copy.parent / "Wan2.2_VAE.pth"
     save_file(torch.load(path, weights_only=True), path.with_suffix(".safetensors"))
     path.unlink()
-    assert torch.equal(opens(checkpoint_copy).generate("t2i", "a", width=32, height=32, steps=1).frames, expected)
+    assert torch.equal(
+        opens(checkpoint_copy).generate("t2i", "a", width=32, height=32, steps=1).frames, expected
+    )
 
 
-# -- tensors ----------------------------------------------------------------------------------------------------------
+# -- tensors -------------------------------------------------------------------------------------------------
 
 
 def reshape(name: str):
@@ -133,16 +152,36 @@ DAMAGE = {
         lambda t: t.pop(LAYER + "self_attn.k_proj.bias"),
         ("missing tensor layers.1.self_attn.k_proj.bias", "und"),
     ),
-    "missing head": ("model.safetensors", lambda t: t.pop("language_model.lm_head.weight"), ("missing tensor lm_head.weight",)),
-    "missing embeddings": ("model.safetensors", lambda t: t.pop("language_model.model.embed_tokens.weight"), ("embed_tokens.weight",)),
-    "unexpected": ("model.safetensors", lambda t: t.update({"extra.weight": torch.ones(2)}), ("unexpected tensor extra.weight",)),
+    "missing head": (
+        "model.safetensors",
+        lambda t: t.pop("language_model.lm_head.weight"),
+        ("missing tensor lm_head.weight",),
+    ),
+    "missing embeddings": (
+        "model.safetensors",
+        lambda t: t.pop("language_model.model.embed_tokens.weight"),
+        ("embed_tokens.weight",),
+    ),
+    "unexpected": (
+        "model.safetensors",
+        lambda t: t.update({"extra.weight": torch.ones(2)}),
+        ("unexpected tensor extra.weight",),
+    ),
     "unexpected bias": (
         "model.safetensors",
         lambda t: t.update({LAYER + "self_attn.o_proj.bias": torch.ones(64)}),
         ("unexpected tensor", LAYER + "self_attn.o_proj.bias"),
     ),
-    "misshapen": ("model.safetensors", reshape("llm2vae.weight"), ("llm2vae.weight has shape [47, 64], expected [48, 64]",)),
-    "misshapen layer": ("model.safetensors", reshape(LAYER + "mlp.up_proj.weight"), (LAYER + "mlp.up_proj.weight has shape [95, 64]",)),
+    "misshapen": (
+        "model.safetensors",
+        reshape("llm2vae.weight"),
+        ("llm2vae.weight has shape [47, 64], expected [48, 64]",),
+    ),
+    "misshapen layer": (
+        "model.safetensors",
+        reshape(LAYER + "mlp.up_proj.weight"),
+        (LAYER + "mlp.up_proj.weight has shape [95, 64]",),
+    ),
     "whole numbers": (
         "model.safetensors",
         lambda t: t.update({"vae2llm.bias": torch.ones(64, dtype=torch.int32)}),
@@ -153,10 +192,26 @@ DAMAGE = {
         lambda t: t.pop("merger.ln_q.weight"),
         ("missing tensor merger.ln_q.weight of the vit",),
     ),
-    "ViT misshapen": ("../Qwen2.5-VL-ViT/vit.safetensors", reshape("merger.ln_q.weight"), ("merger.ln_q.weight has shape [31]",)),
-    "VAE missing": ("../Wan2.2_VAE.pth", lambda t: t.pop("conv1.bias"), ("missing tensor conv1.bias of the vae",)),
-    "VAE misshapen": ("../Wan2.2_VAE.pth", reshape("decoder.head.2.bias"), ("decoder.head.2.bias has shape [11], expected [12]",)),
-    "VAE of another model": ("../Wan2.2_VAE.pth", lambda t: [t.pop(k) for k in list(t) if "upsamples" in k], ("not a Wan2.2 VAE",)),
+    "ViT misshapen": (
+        "../Qwen2.5-VL-ViT/vit.safetensors",
+        reshape("merger.ln_q.weight"),
+        ("merger.ln_q.weight has shape [31]",),
+    ),
+    "VAE missing": (
+        "../Wan2.2_VAE.pth",
+        lambda t: t.pop("conv1.bias"),
+        ("missing tensor conv1.bias of the vae",),
+    ),
+    "VAE misshapen": (
+        "../Wan2.2_VAE.pth",
+        reshape("decoder.head.2.bias"),
+        ("decoder.head.2.bias has shape [11], expected [12]",),
+    ),
+    "VAE of another model": (
+        "../Wan2.2_VAE.pth",
+        lambda t: [t.pop(k) for k in list(t) if "upsamples" in k],
+        ("not a Wan2.2 VAE",),
+    ),
     "VAE with another latent": (
         "../Wan2.2_VAE.pth",
         lambda t: t.update({"conv2.weight": torch.ones(16, 16, 1, 1, 1)}),
@@ -172,18 +227,26 @@ def test_wrong_tensors_are_named(checkpoint_copy, edit_tensors, file, action, wo
 
 
 def test_many_wrong_tensors_are_counted(checkpoint_copy, edit_tensors):
-    edit_tensors(checkpoint_copy / "model.safetensors", lambda t: t.update({f"x{i}": torch.ones(1) for i in range(12)}))
+    edit_tensors(
+        checkpoint_copy / "model.safetensors", lambda t: t.update({f"x{i}": torch.ones(1) for i in range(12)})
+    )
     refused(checkpoint_copy, "unexpected tensor x0", "and 7 more")
 
 
-@pytest.mark.parametrize("table", [None, torch.zeros(1, 1), torch.full((64, 64, 7), float("nan")), torch.ones(4096, 64, dtype=torch.int32)])
+@pytest.mark.parametrize(
+    "table",
+    [None, torch.zeros(1, 1), torch.full((64, 64, 7), float("nan")), torch.ones(4096, 64, dtype=torch.int32)],
+)
 def test_the_stored_position_table_is_ignored(checkpoint_copy, edit_tensors, table, image_lance):
     name = "latent_pos_embed.pos_embed"
-    edit_tensors(checkpoint_copy / "model.safetensors", lambda t: t.pop(name) if table is None else t.update({name: table}))
+    edit_tensors(
+        checkpoint_copy / "model.safetensors",
+        lambda t: t.pop(name) if table is None else t.update({name: table}),
+    )
     assert torch.equal(draw(opens(checkpoint_copy)), draw(image_lance))
 
 
-# -- configuration ----------------------------------------------------------------------------------------------------
+# -- configuration -------------------------------------------------------------------------------------------
 
 CONFIGS = {
     "layers": ({"num_hidden_layers": 4}, ("num_hidden_layers is 4 in the configuration, 3 in the weights",)),
@@ -227,7 +290,12 @@ def test_vit_configurations_that_disagree(checkpoint_copy, changes, words):
 
 
 @pytest.mark.parametrize(
-    "content, words", [("{", ("cannot be read as JSON",)), ("[]", ("JSON list, expected an object",)), (None, ("does not exist",))]
+    "content, words",
+    [
+        ("{", ("cannot be read as JSON",)),
+        ("[]", ("JSON list, expected an object",)),
+        (None, ("does not exist",)),
+    ],
 )
 def test_a_damaged_configuration_file(checkpoint_copy, content, words):
     path = checkpoint_copy / "llm_config.json"
@@ -244,7 +312,7 @@ def test_a_tokeniser_larger_than_the_embeddings(checkpoint_copy, edit_tensors):
     refused(checkpoint_copy, "398 tokens", "397 rows")
 
 
-# -- safetensors ------------------------------------------------------------------------------------------------------
+# -- safetensors ---------------------------------------------------------------------------------------------
 
 
 def raw(path: Path, header: bytes | dict, data: bytes = b"", length: int | None = None) -> Path:
@@ -271,15 +339,24 @@ BYTES = {
     "a list": (lambda p: raw(p, b"[1, 2]"), "not a JSON object"),
     "metadata": (lambda p: raw(p, {"__metadata__": {"a": 1}}), "damaged metadata"),
     "no entry": (lambda p: raw(p, {"a": 3}), "entry for 'a' is damaged"),
-    "unknown dtype": (lambda p: raw(p, {"a": entry(0, 8, dtype="F99")}, b"x" * 8), "'a' is damaged or of an unknown type"),
+    "unknown dtype": (
+        lambda p: raw(p, {"a": entry(0, 8, dtype="F99")}, b"x" * 8),
+        "'a' is damaged or of an unknown type",
+    ),
     "no offsets": (lambda p: raw(p, {"a": {"dtype": "F32", "shape": [2]}}, b"x" * 8), "entry for 'a'"),
     "negative shape": (lambda p: raw(p, {"a": entry(0, 8, (-1, -2))}, b"x" * 8), "entry for 'a'"),
     "shape of words": (lambda p: raw(p, {"a": entry(0, 8, ("2",))}, b"x" * 8), "entry for 'a'"),
-    "shape beyond memory": (lambda p: raw(p, {"a": entry(0, 8, (1 << 40, 1 << 40))}, b"x" * 8), "entry for 'a'"),
+    "shape beyond memory": (
+        lambda p: raw(p, {"a": entry(0, 8, (1 << 40, 1 << 40))}, b"x" * 8),
+        "entry for 'a'",
+    ),
     "size unlike the shape": (lambda p: raw(p, {"a": entry(0, 12)}, b"x" * 12), "entry for 'a'"),
     "offsets backwards": (lambda p: raw(p, {"a": entry(8, 0)}, b"x" * 8), "entry for 'a'"),
     "overlap": (lambda p: raw(p, {"a": entry(0, 8), "b": entry(4, 12)}, b"x" * 12), "'b' overlap"),
-    "gap": (lambda p: raw(p, {"a": entry(0, 8), "b": entry(12, 20)}, b"x" * 20), "'b' overlap others or leave a gap"),
+    "gap": (
+        lambda p: raw(p, {"a": entry(0, 8), "b": entry(12, 20)}, b"x" * 20),
+        "'b' overlap others or leave a gap",
+    ),
     "too short": (lambda p: raw(p, {"a": entry(0, 8)}, b"x" * 7), "is truncated"),
     "too long": (lambda p: raw(p, {"a": entry(0, 8)}, b"x" * 9), "longer than its header says"),
 }
@@ -314,7 +391,9 @@ def test_a_file_that_shrinks_while_it_is_read(checkpoint_copy):
 @given(at=st.integers(0, 400), byte=st.integers(0, 255), cut=st.integers(0, 60))
 def test_any_damage_to_a_header_is_a_checkpoint_error(tmp_path_factory, at, byte, cut):
     path = tmp_path_factory.getbasetemp() / "fuzzed.safetensors"
-    save_file({"a": torch.arange(6.0).view(2, 3), "b.c": torch.ones(3, dtype=torch.bfloat16)}, path, {"who": "us"})
+    save_file(
+        {"a": torch.arange(6.0).view(2, 3), "b.c": torch.ones(3, dtype=torch.bfloat16)}, path, {"who": "us"}
+    )
     data = bytearray(path.read_bytes())
     data[at % len(data)] = byte
     path.write_bytes(data[: len(data) - cut])
@@ -326,10 +405,23 @@ def test_any_damage_to_a_header_is_a_checkpoint_error(tmp_path_factory, at, byte
 
 
 @pytest.mark.parametrize(
-    "dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.int8, torch.bool]
+    "dtype",
+    [
+        torch.float64,
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+        torch.float8_e4m3fn,
+        torch.int8,
+        torch.bool,
+    ],
 )
 def test_what_is_written_is_read(tmp_path, dtype):
-    tensors = {"x": torch.arange(-6, 6).view(3, 4).to(dtype), "scalar": torch.ones((), dtype=dtype), "none": torch.ones(0, 3, dtype=dtype)}
+    tensors = {
+        "x": torch.arange(-6, 6).view(3, 4).to(dtype),
+        "scalar": torch.ones((), dtype=dtype),
+        "none": torch.ones(0, 3, dtype=dtype),
+    }
     save_file(tensors, tmp_path / "a.safetensors", {"who": "us"})
     file = open_weights(tmp_path / "a.safetensors")
     assert file.metadata == {"who": "us"} and set(file.shapes) == set(tensors)
@@ -338,7 +430,7 @@ def test_what_is_written_is_read(tmp_path, dtype):
         assert torch.equal(file.read(name).float(), tensor.float())
 
 
-# -- torch archives ---------------------------------------------------------------------------------------------------
+# -- torch archives ------------------------------------------------------------------------------------------
 
 
 class Attack:
@@ -384,13 +476,15 @@ def test_a_torch_file_that_is_not_there(tmp_path):
         TorchFile(tmp_path / "a.pth")
 
 
-# -- loading ----------------------------------------------------------------------------------------------------------
+# -- loading -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_weights_are_those_of_the_file_in_the_dtype_asked_for(golden, dtype):
     checkpoint = Checkpoint(golden / "checkpoint" / "Lance_3B_Video")
-    tensors = load_file(checkpoint.path / "model.safetensors") | torch.load(golden / "checkpoint" / "Wan2.2_VAE.pth", weights_only=True)
+    tensors = load_file(checkpoint.path / "model.safetensors") | torch.load(
+        golden / "checkpoint" / "Wan2.2_VAE.pth", weights_only=True
+    )
     used = set()
     for part in ("und", "gen", "vit", "vae"):
         module = checkpoint.load(part, dtype=dtype)
@@ -418,8 +512,10 @@ def test_loaded_weights_do_not_hang_on_their_file(checkpoint_copy, part, dtype):
 
 
 def test_loading_holds_the_result_and_one_piece(golden, monkeypatch):
-    """Peak memory is the result and a piece of the file: a tensor is cast as it is read, never held in both dtypes."""
-    from lance_core import weights
+    """Peak memory is the result and a piece of the file: a tensor is cast as it is read, never held in both
+    dtypes.
+    """
+    from lance_core.checkpoint import tensor_files
 
     asked: list[int] = []
 
@@ -431,10 +527,10 @@ def test_loading_holds_the_result_and_one_piece(golden, monkeypatch):
 
         return made
 
-    monkeypatch.setattr(weights, "PIECE", 256)
+    monkeypatch.setattr(tensor_files, "PIECE", 256)
     file = SafetensorsFile(golden / "checkpoint" / "Lance_3B" / "model.safetensors")
     monkeypatch.setattr(torch, "empty", counted(torch.empty))
-    monkeypatch.setattr(weights, "_mapped", counted(weights._mapped))
+    monkeypatch.setattr(tensor_files, "_mapped", counted(tensor_files._mapped))
     for name in file.entries:
         for dtype in (torch.float32, None):
             asked.clear()
@@ -446,11 +542,11 @@ def test_loading_holds_the_result_and_one_piece(golden, monkeypatch):
 def test_reading_in_pieces_is_reading_whole(golden, monkeypatch):
     from safetensors.torch import load_file
 
-    from lance_core import weights
+    from lance_core.checkpoint import tensor_files
 
     path = golden / "checkpoint" / "Lance_3B" / "model.safetensors"
     whole = load_file(path)
-    monkeypatch.setattr(weights, "PIECE", 64)
+    monkeypatch.setattr(tensor_files, "PIECE", 64)
     file = SafetensorsFile(path)
     for name, tensor in whole.items():
         assert torch.equal(file.read(name), tensor)
@@ -459,19 +555,25 @@ def test_reading_in_pieces_is_reading_whole(golden, monkeypatch):
 
 def test_parts_load_when_first_needed_and_only_once(checkpoint_copy):
     seen = []
-    lance = lance_core.load(checkpoint_copy, dtype=torch.float32, progress=lambda what, done, total: seen.append((what, done, total)))
+    lance = lance_core.load(
+        checkpoint_copy,
+        dtype=torch.float32,
+        progress=lambda what, done, total: seen.append((what, done, total)),
+    )
     assert seen == []
     assert lance.part("gen") is lance.part("gen")
     total = len(list(lance.part("gen").parameters()))
     assert seen == [("loading gen", i + 1, total) for i in range(total)]
 
 
-# -- opening costs what reading the names costs -----------------------------------------------------------------------
+# -- opening costs what reading the names costs --------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def released_layout(tmp_path_factory):
-    """released_layout(name) -> a checkpoint with the released names, shapes and dtypes and no contents (a sparse file)."""
+    """released_layout(name) -> a checkpoint with the released names, shapes and dtypes and no contents (a
+    sparse file).
+    """
     sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
     import measure_loading
 
@@ -488,7 +590,9 @@ def released_layout(tmp_path_factory):
 
 
 def steps_of(function) -> int:
-    """Lines of lance_core that a call runs, a comprehension's line once for each of its items: work, not time."""
+    """Lines of lance_core that a call runs, a comprehension's line once for each of its items: work, not
+    time.
+    """
     count = 0
 
     def trace(frame, event, argument):
@@ -507,7 +611,9 @@ def steps_of(function) -> int:
     return count
 
 
-@pytest.mark.parametrize(("name", "tensors"), [("image", 1021), ("video", 1411), ("fp8", 2131), ("int4", 2131)])
+@pytest.mark.parametrize(
+    ("name", "tensors"), [("image", 1021), ("video", 1411), ("fp8", 2131), ("int4", 2131)]
+)
 def test_opening_takes_a_few_steps_a_tensor(released_layout, name, tensors):
     """It was one pass over all tensors for each tensor: 21 seconds at the released size."""
     path = released_layout(name)
@@ -516,7 +622,7 @@ def test_opening_takes_a_few_steps_a_tensor(released_layout, name, tensors):
     if path.is_dir():
         assert count == tensors
     parts = sum(len(part.tensors) for part in Checkpoint(path).parts.values())
-    assert steps_of(lambda: info.describe(path)) < 120 * max(parts, count)
+    assert steps_of(lambda: describe.describe(path)) < 120 * max(parts, count)
 
 
 def test_planning_a_conversion_takes_a_few_steps_a_tensor(released_layout):

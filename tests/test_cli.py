@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ANSWERED, DRAWN, GOLDEN, MANIFEST, request_of
+from golden_cases import ANSWERED, DRAWN, GOLDEN, MANIFEST, request_of
 from PIL import Image
 from safetensors.torch import load_file
 
-from lance_core import media
 from lance_core.__main__ import Bars, main
-from lance_core.request import TASKS
+from lance_core.inputs import media
+from lance_core.inputs.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -52,7 +52,21 @@ def run(*args, capsys=None):
 
 
 def test_t2i_with_the_default_checkpoint_and_its_metadata(capsys):
-    code, result = run("t2i", "a red fox", "-o", "fox.png", "--width", "70", "--height", "64", "--steps", "2", "--seed", "0", capsys=capsys)
+    code, result = run(
+        "t2i",
+        "a red fox",
+        "-o",
+        "fox.png",
+        "--width",
+        "70",
+        "--height",
+        "64",
+        "--steps",
+        "2",
+        "--seed",
+        "0",
+        capsys=capsys,
+    )
     assert code == 0
     assert Image.open("fox.png").size == (64, 64)
     saved = media.read_metadata("fox.png")
@@ -62,14 +76,55 @@ def test_t2i_with_the_default_checkpoint_and_its_metadata(capsys):
 
 
 def test_batch_writes_every_seed(capsys):
-    _, result = run("t2i", "x", "-o", "b.png", "--width", "32", "--height", "32", "--steps", "1", "--batch", "2", capsys=capsys)
+    _, result = run(
+        "t2i",
+        "x",
+        "-o",
+        "b.png",
+        "--width",
+        "32",
+        "--height",
+        "32",
+        "--steps",
+        "1",
+        "--batch",
+        "2",
+        capsys=capsys,
+    )
     assert [(f["file"], f["seed"]) for f in result["files"]] == [("b_0.png", 42), ("b_1.png", 43)]
-    run("t2i", "x", "-o", "single.png", "--width", "32", "--height", "32", "--steps", "1", "--seed", "43", capsys=capsys)
-    assert np.abs(np.asarray(Image.open("b_1.png")).astype(int) - np.asarray(Image.open("single.png"))).max() <= 1
+    run(
+        "t2i",
+        "x",
+        "-o",
+        "single.png",
+        "--width",
+        "32",
+        "--height",
+        "32",
+        "--steps",
+        "1",
+        "--seed",
+        "43",
+        capsys=capsys,
+    )
+    assert (
+        np.abs(np.asarray(Image.open("b_1.png")).astype(int) - np.asarray(Image.open("single.png"))).max()
+        <= 1
+    )
 
 
 def test_multi_turn_editing_edits_the_last_result(capsys):
-    args = ("image_edit", "make it blue", "photo.png", "-o", "e.png", "--steps", "1", "--resolution", "image_256res")
+    args = (
+        "image_edit",
+        "make it blue",
+        "photo.png",
+        "-o",
+        "e.png",
+        "--steps",
+        "1",
+        "--resolution",
+        "image_256res",
+    )
     code, result = run(*args, "--then", "now red", capsys=capsys)
     assert code == 0
     assert [f["file"] for f in result["files"]] == ["e_1.png", "e.png"]
@@ -89,7 +144,22 @@ VIDEO = ("--steps", "1", "--resolution", "video_192p")
         (("t2v", "waves", "--width", "64", "--height", "48", "--frames", "8"), (64, 48), 5),
         (("i2v", "it moves", "cat.jpg", "--frames", "5"), (304, 224), 5),
         (("video_edit", "make it snow", "clip.mp4"), None, 5),
-        (("subject_video", "they walk", "photo.png", "cat.jpg", "--width", "64", "--height", "48", "--frames", "5"), (64, 48), 5),
+        (
+            (
+                "subject_video",
+                "they walk",
+                "photo.png",
+                "cat.jpg",
+                "--width",
+                "64",
+                "--height",
+                "48",
+                "--frames",
+                "5",
+            ),
+            (64, 48),
+            5,
+        ),
     ],
 )
 def test_videos(capsys, args, size, frames):
@@ -109,10 +179,13 @@ def test_subject_image(capsys):
 
 
 @pytest.mark.parametrize(
-    ("task", "source", "preset"), [("x2t_image", "photo.png", "image_256res"), ("x2t_video", "clip.mp4", "video_192p")]
+    ("task", "source", "preset"),
+    [("x2t_image", "photo.png", "image_256res"), ("x2t_video", "clip.mp4", "video_192p")],
 )
 def test_questions(capsys, task, source, preset):
-    code, result = run(task, "What is this?", source, "--max-new-tokens", "5", "--resolution", preset, capsys=capsys)
+    code, result = run(
+        task, "What is this?", source, "--max-new-tokens", "5", "--resolution", preset, capsys=capsys
+    )
     assert code == 0
     assert 1 <= len(result["token_ids"]) <= 5
     assert isinstance(result["text"], str)
@@ -143,7 +216,7 @@ def test_wrong_requests_exit_with_2_and_write_nothing(capsys, args, says):
 def test_compile_reaches_the_model(capsys, monkeypatch):
     compiled = []
     monkeypatch.setattr("lance_core.pipeline.check_compiler", lambda device: None)
-    monkeypatch.setattr("lance_core.parts.compile_layers", compiled.append)
+    monkeypatch.setattr("lance_core.components.compile_layers", compiled.append)
     args = ("t2i", "x", "-o", "compiled.png", "--width", "64", "--height", "64", "--steps", "1")
     assert run(*args, capsys=capsys)[0] == 0
     assert not compiled
@@ -207,13 +280,29 @@ def test_tiny_is_reproducible(tmp_path):
 
 
 def test_cancelling_exits_with_130_and_leaves_no_file(folder):
-    command = [sys.executable, "-m", "lance_core", "t2i", "x", "-o", "never.png", "--steps", "100000", "--width", "64", "--height", "64"]
+    command = [
+        sys.executable,
+        "-m",
+        "lance_core",
+        "t2i",
+        "x",
+        "-o",
+        "never.png",
+        "--steps",
+        "100000",
+        "--width",
+        "64",
+        "--height",
+        "64",
+    ]
     process = subprocess.Popen(
         command,
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stderr=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a test run in the background has it ignored
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # a test run in the background has it ignored
     )
     try:
         time.sleep(1)
@@ -249,7 +338,7 @@ def test_bars_open_per_stage(monkeypatch):
     assert len(made) == 3
 
 
-# -- the golden requests, as a user would type them -------------------------------------------------------------------
+# -- the golden requests, as a user would type them ----------------------------------------------------------
 
 
 def golden_command(name: str) -> list[str]:
@@ -273,18 +362,26 @@ def golden_command(name: str) -> list[str]:
     return args
 
 
-@pytest.mark.parametrize("name", [n for n in DRAWN if not TASKS[request_of(MANIFEST[n])[0]].is_video and n != "t2i_21x9"])
+@pytest.mark.parametrize(
+    "name", [n for n in DRAWN if not TASKS[request_of(MANIFEST[n])[0]].is_video and n != "t2i_21x9"]
+)
 def test_golden_pictures(capsys, name):
     code, result = run(*golden_command(name), "-o", "golden.png", capsys=capsys)
     assert code == 0, result
     wanted = load_file(GOLDEN / "cases" / f"{name}.safetensors")["pixels"].float()[:, 0].permute(1, 2, 0)
     got = torch.from_numpy(np.array(Image.open("golden.png"))).float()
-    assert (got - (wanted + 1) * 127.5).abs().max() <= 0.5 + 1e-3 * 127.5  # the file's 8 bits, and the bound of golden cases
+    assert (
+        got - (wanted + 1) * 127.5
+    ).abs().max() <= 0.5 + 1e-3 * 127.5  # the file's 8 bits, and the bound of golden cases
 
 
-@pytest.mark.parametrize("name", ["t2i_21x9", *(n for n in DRAWN if TASKS[request_of(MANIFEST[n])[0]].is_video)])
+@pytest.mark.parametrize(
+    "name", ["t2i_21x9", *(n for n in DRAWN if TASKS[request_of(MANIFEST[n])[0]].is_video)]
+)
 def test_golden_videos(capsys, name):
-    """What is written is lossy or was not recorded, so what reaches the file is compared before it is written."""
+    """What is written is lossy or was not recorded, so what reaches the file is compared before it is
+    written.
+    """
     written = {}
 
     def note(path, frames, *rest):
@@ -293,7 +390,9 @@ def test_golden_videos(capsys, name):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(media, "save_video", note)
         patch.setattr(media, "save_image", note)
-        code, result = run(*golden_command(name), "-o", "golden.png" if name == "t2i_21x9" else "golden.mp4", capsys=capsys)
+        code, result = run(
+            *golden_command(name), "-o", "golden.png" if name == "t2i_21x9" else "golden.mp4", capsys=capsys
+        )
     assert code == 0, result
     (frames,) = written.values()
     tensors = load_file(GOLDEN / "cases" / f"{name}.safetensors")

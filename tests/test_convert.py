@@ -1,4 +1,6 @@
-"""The single file: what is written, what it costs, and that everything reads it back. (Of the formats: test_formats.py.)"""
+"""The single file: what is written, what it costs, and that everything reads it back. (Of the formats:
+test_formats.py.)
+"""
 
 from __future__ import annotations
 
@@ -16,13 +18,14 @@ import torch
 from safetensors import safe_open
 
 import lance_core
-from lance_core import config, tiny
+from lance_core import config
 from lance_core.__main__ import main
-from lance_core.checkpoint import Checkpoint
-from lance_core.convert import DTYPES, convert, report
+from lance_core.checkpoint import tiny
+from lance_core.checkpoint.checkpoint import Checkpoint
+from lance_core.checkpoint.convert import DTYPES, convert, report
+from lance_core.checkpoint.quantize import FORMATS
+from lance_core.checkpoint.tensor_files import SafetensorsFile
 from lance_core.errors import CheckpointError, RequestError
-from lance_core.quantize import FORMATS
-from lance_core.weights import SafetensorsFile
 
 ROOT = Path(__file__).resolve().parents[1]
 # Relative drift of a 4-step t2i latent from float32 on these random weights: about twice what was measured.
@@ -58,15 +61,21 @@ def test_every_dtype_loads_and_drifts_within_bounds(root, reference, tmp_path, d
 
 
 def test_what_was_done_is_told_part_by_part(root, tmp_path):
-    done = convert(root / "Lance_3B", tmp_path / "x.safetensors", "fp8", understanding="int4", generation="nvfp4")
+    done = convert(
+        root / "Lance_3B", tmp_path / "x.safetensors", "fp8", understanding="int4", generation="nvfp4"
+    )
     assert done["dtypes"] == {"und": "int4", "gen": "nvfp4", "vit": "bf16", "vae": "bf16"}
     assert set(Checkpoint(tmp_path / "x.safetensors").parts["vit"].dtypes.values()) == {torch.bfloat16}
-    assert "scaled_fp8" not in SafetensorsFile(tmp_path / "x.safetensors").dtypes  # ComfyUI's sign of a file with fp8 layers
+    assert (
+        "scaled_fp8" not in SafetensorsFile(tmp_path / "x.safetensors").dtypes
+    )  # ComfyUI's sign of a file with fp8 layers
 
 
 def test_smaller_is_smaller(root, tmp_path):
     dtypes = ("fp32", "bf16", "fp8", "int4", "nvfp4")
-    parts = {d: convert(root / "Lance_3B_Video", tmp_path / f"{d}.safetensors", d)["parts"]["gen"] for d in dtypes}
+    parts = {
+        d: convert(root / "Lance_3B_Video", tmp_path / f"{d}.safetensors", d)["parts"]["gen"] for d in dtypes
+    }
     assert parts["fp32"] == 2 * parts["bf16"]
     assert parts["bf16"] > parts["fp8"] > max(parts["int4"], parts["nvfp4"])
 
@@ -75,7 +84,9 @@ def test_formats_hold_as_many_weights(root, tmp_path):
     counts = {name: part.parameters for name, part in Checkpoint(root / "Lance_3B").parts.items()}
     for name in FORMATS:
         convert(root / "Lance_3B", tmp_path / f"{name}.safetensors", name)
-        assert {name: part.parameters for name, part in Checkpoint(tmp_path / f"{name}.safetensors").parts.items()} == counts
+        assert {
+            name: part.parameters for name, part in Checkpoint(tmp_path / f"{name}.safetensors").parts.items()
+        } == counts
 
 
 def test_experts_can_differ_and_precise_tensors_stay(root, tmp_path):
@@ -112,11 +123,15 @@ def test_fp8_is_in_the_form_old_and_new_hosts_read(root, tmp_path):
 def test_the_experts_may_be_in_two_formats(root, tmp_path):
     convert(root / "Lance_3B", tmp_path / "x.safetensors", understanding="nvfp4", generation="fp8")
     parts = Checkpoint(tmp_path / "x.safetensors").parts
-    assert {f.name for f in parts["und"].formats.values()} == {"nvfp4"} and {f.name for f in parts["gen"].formats.values()} == {"fp8"}
+    assert {f.name for f in parts["und"].formats.values()} == {"nvfp4"} and {
+        f.name for f in parts["gen"].formats.values()
+    } == {"fp8"}
     assert torch.isfinite(draw(tmp_path / "x.safetensors")).all()
 
 
-@pytest.mark.parametrize(("name", "leaf", "dtype"), [("nvfp4", "weight", torch.int8), ("nvfp4", "weight_scale", torch.uint8)])
+@pytest.mark.parametrize(
+    ("name", "leaf", "dtype"), [("nvfp4", "weight", torch.int8), ("nvfp4", "weight_scale", torch.uint8)]
+)
 def test_quantised_tensors_of_another_dtype_are_refused(root, tmp_path, name, leaf, dtype):
     from safetensors.torch import load_file, save_file
 
@@ -140,7 +155,9 @@ def test_damaged_weights_are_named_and_not_hidden_by_rounding(root, tmp_path, na
     tensors, key = load_file(path), "language_model.model.layers.1.mlp_moe_gen.down_proj.weight"
     tensors[key][3, 5] = value
     save_file(tensors, path)
-    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp_moe_gen\.down_proj\.weight has NaN or infinity"):
+    with pytest.raises(
+        CheckpointError, match=r"layers\.1\.mlp_moe_gen\.down_proj\.weight has NaN or infinity"
+    ):
         convert(path.parent, tmp_path / "x.safetensors", name)
     assert [p.name for p in tmp_path.iterdir()] == ["models"]
 
@@ -169,7 +186,8 @@ def test_questions_survive(root, tmp_path):
     convert(root / "Lance_3B", tmp_path / "x.safetensors", "fp32")
     ask = {"image": data.astronaut(), "max_new_tokens": 6, "resolution": "image_256res"}
     answers = [
-        lance_core.load(p, dtype=torch.float32).understand("Who?", **ask).token_ids for p in (root / "Lance_3B", tmp_path / "x.safetensors")
+        lance_core.load(p, dtype=torch.float32).understand("Who?", **ask).token_ids
+        for p in (root / "Lance_3B", tmp_path / "x.safetensors")
     ]
     assert answers[0] == answers[1]
 
@@ -233,7 +251,11 @@ def test_other_tools_files_are_read_when_they_say_enough(root, tmp_path):
     told = json.loads(SafetensorsFile(tmp_path / "a.safetensors").metadata["lance"])
     tensors = load_file(tmp_path / "a.safetensors")
     raw = told["llm_config"] | {"vision_config": told["vit_config"]}
-    save_file(tensors, tmp_path / "b.safetensors", {"config": json.dumps(raw), "tokenizer.json": json.dumps(told["tokenizer"])})
+    save_file(
+        tensors,
+        tmp_path / "b.safetensors",
+        {"config": json.dumps(raw), "tokenizer.json": json.dumps(told["tokenizer"])},
+    )
     assert torch.equal(draw(tmp_path / "b.safetensors"), draw(tmp_path / "a.safetensors"))
     save_file(tensors, tmp_path / "c.safetensors")
     with pytest.raises(CheckpointError, match=r"without llm_config and tokenizer.*convert"):
@@ -242,7 +264,22 @@ def test_other_tools_files_are_read_when_they_say_enough(root, tmp_path):
 
 def test_command_line(root, tmp_path, capsys):
     target = str(tmp_path / "cli.safetensors")
-    assert main(["convert", str(root / "Lance_3B"), target, "--dtype", "bf16", "--understanding", "int4", "--json", "-q"]) == 0
+    assert (
+        main(
+            [
+                "convert",
+                str(root / "Lance_3B"),
+                target,
+                "--dtype",
+                "bf16",
+                "--understanding",
+                "int4",
+                "--json",
+                "-q",
+            ]
+        )
+        == 0
+    )
     told = json.loads(capsys.readouterr().out)
     assert told["dtypes"] == {"und": "int4", "gen": "bf16", "vit": "bf16", "vae": "bf16"}
     assert main(["info", target]) == 0
@@ -269,7 +306,7 @@ def test_killed_conversions_are_made_good_by_the_next(root, tmp_path):
 
 _SLOW = """
 import sys, time
-from lance_core.convert import convert
+from lance_core.checkpoint.convert import convert
 def slow(what, done, total):
     print(done, flush=True)
     time.sleep(0.01)

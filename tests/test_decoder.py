@@ -13,14 +13,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 import lance_core
-from lance_core import RequestError, rope
-from lance_core.checkpoint import Checkpoint, named_weights
-from lance_core.convert import convert
-from lance_core.decoder import CPU_PIECE, JOINED, MLP, ExpertLayer, SelfAttention, check_compiler, homes, join
-from lance_core.model import Branch, Plan
-from lance_core.sequence import Kind, Role, Segment, Sequence
-from lance_core.tiny import LLM
-from lance_core.token_loop import TokenLoop
+from lance_core import RequestError
+from lance_core.checkpoint.checkpoint import Checkpoint, named_weights
+from lance_core.checkpoint.convert import convert
+from lance_core.checkpoint.tiny import LLM
+from lance_core.model import rope
+from lance_core.model.decoder import (
+    CPU_PIECE,
+    JOINED,
+    MLP,
+    ExpertLayer,
+    SelfAttention,
+    check_compiler,
+    homes,
+    join,
+)
+from lance_core.model.dual_expert import Branch, Plan
+from lance_core.model.sequence import Kind, Role, Segment, Sequence
+from lance_core.model.token_loop import TokenLoop
 
 APART = {part for parts in JOINED.values() for part in parts}
 
@@ -81,7 +91,9 @@ def test_a_loaded_expert_is_joined_and_keeps_the_names_of_the_file(golden, part)
     assert len(homes(module)) == checkpoint.config.llm.num_layers * (3 * 2 + 2)
     assert checkpoint.count(part, module) == len(module.state_dict()) == len(list(module.parameters()))
     apart = checkpoint.build(part, dtype=torch.float32)
-    assert {n: tuple(t.shape) for n, t in names.items()} == {n: tuple(t.shape) for n, t in apart.state_dict().items()}
+    assert {n: tuple(t.shape) for n, t in names.items()} == {
+        n: tuple(t.shape) for n, t in apart.state_dict().items()
+    }
     assert all(weight.is_contiguous() for weight in names.values())
 
 
@@ -90,12 +102,14 @@ def test_what_is_quantised_stays_apart(golden, tmp_path):
     checkpoint = Checkpoint(tmp_path / "a.safetensors")
     module = checkpoint.load("gen")
     quantised = {name.rpartition(".")[0] for name in checkpoint.parts["gen"].formats}
-    assert quantised and not any(name.rpartition(".")[0].rpartition(".")[0] in quantised for name in homes(module))
+    assert quantised and not any(
+        name.rpartition(".")[0].rpartition(".")[0] in quantised for name in homes(module)
+    )
     assert hasattr(module.layers[0].self_attn, "qkv_proj") and hasattr(module.layers[1].self_attn, "q_proj")
     assert dict(named_weights(module)).keys() == checkpoint.parts["gen"].tensors.keys()
 
 
-# -- compiled, and with steps of one shape ----------------------------------------------------------------------------
+# -- compiled, and with steps of one shape -------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -114,12 +128,19 @@ def test_compiled_layers_give_what_plain_ones_give_and_are_compiled_once(golden,
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     graphs = []
-    for prompt, width, height, batch in (("a", 64, 96, 2), ("quite another, longer prompt", 96, 64, 1), ("b", 128, 64, 3)):
+    for prompt, width, height, batch in (
+        ("a", 64, 96, 2),
+        ("quite another, longer prompt", 96, 64, 1),
+        ("b", 128, 64, 3),
+    ):
         size = {"width": width, "height": height, "batch_size": batch, "steps": 2}
         one, other = (lance.generate("t2i", prompt, **size).latent for lance in (plain, fast))
         torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-4)
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-    answers = [lance.understand("What?", image=photo, resolution="image_256res", max_new_tokens=4).token_ids for lance in (plain, fast)]
+    answers = [
+        lance.understand("What?", image=photo, resolution="image_256res", max_new_tokens=4).token_ids
+        for lance in (plain, fast)
+    ]
     assert answers[0] == answers[1]
     assert graphs[0] > 0 and graphs[-1] <= graphs[0] + 3, f"compiled anew for other sizes: {graphs}"
 
@@ -130,19 +151,38 @@ def test_no_weight_is_copied_for_a_batch(golden, request, compile):
     """What torch does to multiply rows it cannot join; a guided step became seven times as slow by it."""
     if compile:
         request.getfixturevalue("compiler")
-    model = lance_core.load(golden / "checkpoint" / "Lance_3B", dtype=torch.float32, compile=compile).experts()
-    text, target = (Segment(Kind.TEXT, Role.CAPTION, ids=tuple(range(5, 25))), Segment(Kind.TARGET, Role.TARGET, grid=(1, 4, 6)))
+    model = lance_core.load(
+        golden / "checkpoint" / "Lance_3B", dtype=torch.float32, compile=compile
+    ).experts()
+    text, target = (
+        Segment(Kind.TEXT, Role.CAPTION, ids=tuple(range(5, 25))),
+        Segment(Kind.TARGET, Role.TARGET, grid=(1, 4, 6)),
+    )
     sequence = Sequence((text,), target, 0, 1, 2)
     prepared = model.prefill(sequence, Plan.of(sequence, 2.0, guided=True))
-    rows, x, t = [Branch(prepared, 0), Branch(prepared, 1)], torch.randn(2, 1, 4, 6, 48), torch.full((2, 1), 0.5)
+    rows, x, t = (
+        [Branch(prepared, 0), Branch(prepared, 1)],
+        torch.randn(2, 1, 4, 6, 48),
+        torch.full((2, 1), 0.5),
+    )
     model.velocity(rows, x, t)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as recorded:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True
+    ) as recorded:
         model.velocity(rows, x, t)
     names = [event.name for event in recorded.events()]
     assert names.count("aten::mm") + names.count("aten::addmm") >= 2 * LLM.num_layers * 4
     widest = LLM.hidden_size * LLM.intermediate_size
-    copied = [event.input_shapes[0] for event in recorded.events() if event.name == "aten::copy_" and event.input_shapes]
-    assert copied and not [shape for shape in copied if torch.Size(shape).numel() >= widest] and "aten::bmm" not in names
+    copied = [
+        event.input_shapes[0]
+        for event in recorded.events()
+        if event.name == "aten::copy_" and event.input_shapes
+    ]
+    assert (
+        copied
+        and not [shape for shape in copied if torch.Size(shape).numel() >= widest]
+        and "aten::bmm" not in names
+    )
 
 
 def test_nothing_to_compile_with_is_told_before_loading(golden, monkeypatch):
@@ -192,7 +232,9 @@ def test_a_loop_goes_on_as_one_pass_over_everything_would(golden):
 
 
 class Recording(TorchDispatchMode):
-    """A stand-in for a CUDA graph: runs the operations again that it has seen, on the same tensors, with nothing of Python's between."""
+    """A stand-in for a CUDA graph: runs the operations again that it has seen, on the same tensors, with
+    nothing of Python's between.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -200,8 +242,16 @@ class Recording(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        places = {t.untyped_storage().data_ptr() for t in tree_flatten((args, kwargs))[0] if isinstance(t, torch.Tensor)}
-        new = [t for t in tree_flatten(out)[0] if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in places]
+        places = {
+            t.untyped_storage().data_ptr()
+            for t in tree_flatten((args, kwargs))[0]
+            if isinstance(t, torch.Tensor)
+        }
+        new = [
+            t
+            for t in tree_flatten(out)[0]
+            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in places
+        ]
         self.seen.append((func, args, kwargs or {}, new))
         return out
 
@@ -214,7 +264,9 @@ class Recording(TorchDispatchMode):
 
 @torch.inference_mode()
 def test_a_step_can_be_recorded_and_run_again(golden, monkeypatch):
-    """Nothing that changes from step to step may be a number of Python's, or stand in a tensor that only this step has."""
+    """Nothing that changes from step to step may be a number of Python's, or stand in a tensor that only this
+    step has.
+    """
     model = lance_core.load(golden / "checkpoint" / "Lance_3B", dtype=torch.float32).experts(generation=False)
     stream = SimpleNamespace(wait_stream=lambda other: None)
     for name in ("device", "stream", "graph"):

@@ -1,4 +1,6 @@
-"""Getting the weights: every way a network, a disk or a process fails leads to right files or to a sentence, against a local hub."""
+"""Getting the weights: every way a network, a disk or a process fails leads to right files or to a sentence,
+against a local hub.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from lance_core import checkpoint, download, transfer
-from lance_core.download import DownloadError
+from lance_core.checkpoint import checkpoint
+from lance_core.hub import download, http
+from lance_core.hub.download import DownloadError
 
 sys.path.insert(0, str(Path(__file__).parent))
 from hub import VAE, Hub, child, damage, digest, files_of, needed, released, there
@@ -35,7 +38,7 @@ def alone(monkeypatch, tmp_path):
     for name, value in {"BACKOFF": 0.01, "MARGIN": 0}.items():
         monkeypatch.setattr(download, name, value)
     for name, value in {"STALL": 0.6, "CHUNK": 16384, "POLL": 0.05}.items():
-        monkeypatch.setattr(transfer, name, value)
+        monkeypatch.setattr(http, name, value)
 
 
 @pytest.fixture
@@ -55,7 +58,7 @@ def assert_complete(hub: Hub, root: Path, name: str = "Lance_3B") -> None:
     assert name not in download.missing(root)
 
 
-# -- when nothing fails -----------------------------------------------------------------------------------------------
+# -- when nothing fails --------------------------------------------------------------------------------------
 
 
 def test_a_checkpoint_is_fetched_whole_and_then_needs_no_network(hub, root):
@@ -64,13 +67,21 @@ def test_a_checkpoint_is_fetched_whole_and_then_needs_no_network(hub, root):
     result = download.download("Lance_3B", root, endpoint=hub.url, progress=lambda *a: told.append(a))
     assert_complete(hub, root)
     assert set(result["fetched"]) == needed(hub) and result["fetched"][-1] == MODEL, "the model comes last"
-    assert result["commit"] == hub.commit and result["folder"] == str(root / "Lance_3B") and not result["damaged"]
+    assert (
+        result["commit"] == hub.commit
+        and result["folder"] == str(root / "Lance_3B")
+        and not result["damaged"]
+    )
     total = sum(len(hub.files[p]) for p in needed(hub))
     assert told[-1][1:] == (total, total) and all(0 <= done <= of for _, done, of in told)
     assert download.missing(root) == ["Lance_3B_Video"]
     count = len(hub.requests), len(hub.api_requests)
     again = download.download("Lance_3B", root, endpoint="http://127.0.0.1:9")
-    assert not again["fetched"] and set(again["reused"]) == needed(hub) and (len(hub.requests), len(hub.api_requests)) == count
+    assert (
+        not again["fetched"]
+        and set(again["reused"]) == needed(hub)
+        and (len(hub.requests), len(hub.api_requests)) == count
+    )
 
 
 def test_the_second_checkpoint_shares_files_and_commit_with_the_first(hub, root):
@@ -80,7 +91,9 @@ def test_the_second_checkpoint_shares_files_and_commit_with_the_first(hub, root)
     assert hub.api_requests == ["main"] and download.missing(root) == []
 
 
-def test_endpoint_and_token_come_from_the_environment_and_the_token_stays_with_its_host(hub, root, monkeypatch):
+def test_endpoint_and_token_come_from_the_environment_and_the_token_stays_with_its_host(
+    hub, root, monkeypatch
+):
     monkeypatch.setenv("HF_ENDPOINT", hub.url + "/")
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     download.download("Lance_3B", root)
@@ -90,20 +103,28 @@ def test_endpoint_and_token_come_from_the_environment_and_the_token_stays_with_i
 
 
 def test_labels():
-    assert [download.label(n) for n in download.RELEASED] == ["Lance_3B (download, 17 GB)", "Lance_3B_Video (download, 18 GB)"]
+    assert [download.label(n) for n in download.RELEASED] == [
+        "Lance_3B (download, 17 GB)",
+        "Lance_3B_Video (download, 18 GB)",
+    ]
     assert download.name_of("Lance_3B_Video (download, 1 GB)") == "Lance_3B_Video"
     assert download.name_of("Lance_3B") is None and download.name_of("Other (download, 1 GB)") is None
 
 
 def test_other_files_of_the_repository_are_left_alone(hub, root):
-    hub.files |= {"Lance_3B/../../evil.json": b"x", "../evil.txt": b"x", "Lance_3B/sub/x.json": b"x", "Lance_3B/run.py": b"x"}
+    hub.files |= {
+        "Lance_3B/../../evil.json": b"x",
+        "../evil.txt": b"x",
+        "Lance_3B/sub/x.json": b"x",
+        "Lance_3B/run.py": b"x",
+    }
     download.download("Lance_3B", root, endpoint=hub.url)
     for path in list(hub.files)[-4:]:
         assert path not in there(root) and not any(path == asked for asked, _, _ in hub.requests)
     assert not (root.parent / "evil.json").exists() and not (root.parent / "evil.txt").exists()
 
 
-# -- when the network fails ---------------------------------------------------------------------------------------------
+# -- when the network fails ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fault", ["stall", "truncate", "disconnect", 500, 503, 429, 408, "corrupt"])
@@ -137,7 +158,9 @@ def test_a_server_without_ranges_starts_over(hub, root):
     ("wrong-size", "mismatch", "26 bytes where 300000 were expected"),
     ("too-long", "mismatch", "more than the 300000 bytes"),
 ])  # fmt: skip
-def test_a_lasting_failure_is_a_sentence_and_leaves_a_resumable_state(hub, root, monkeypatch, fault, reason, words):
+def test_a_lasting_failure_is_a_sentence_and_leaves_a_resumable_state(
+    hub, root, monkeypatch, fault, reason, words
+):
     monkeypatch.setattr(download, "RETRIES", 2 if reason else 30)
     monkeypatch.setattr(download, "BACKOFF", 0.0)
     hub.faults = {MODEL: [fault]}
@@ -147,7 +170,14 @@ def test_a_lasting_failure_is_a_sentence_and_leaves_a_resumable_state(hub, root,
         with pytest.raises(DownloadError, match=words) as caught:
             download.download("Lance_3B", root, endpoint=hub.url)
         assert caught.value.reason == reason
-        for part in (hub.url, "tree/" + hub.commit, "Lance_3B/model.safetensors", "Qwen2.5-VL-ViT", VAE, str(root)):
+        for part in (
+            hub.url,
+            "tree/" + hub.commit,
+            "Lance_3B/model.safetensors",
+            "Qwen2.5-VL-ViT",
+            VAE,
+            str(root),
+        ):
             assert part in str(caught.value), "how to do it by hand"
         assert MODEL not in there(root) and all(hub.files[p] == data for p, data in there(root).items())
         hub.faults = {}
@@ -155,7 +185,9 @@ def test_a_lasting_failure_is_a_sentence_and_leaves_a_resumable_state(hub, root,
     assert_complete(hub, root)
 
 
-@pytest.mark.parametrize("faults, reason", [([500, 429], None), ([500] * 3, "network"), ([401], "refused"), ([404], "absent")])
+@pytest.mark.parametrize(
+    "faults, reason", [([500, 429], None), ([500] * 3, "network"), ([401], "refused"), ([404], "absent")]
+)
 def test_failures_of_the_listing(hub, root, faults, reason):
     hub.api_faults = faults
     if reason is None:
@@ -173,7 +205,7 @@ def test_no_network_is_a_sentence(root, endpoint):
     assert caught.value.reason == "network"
 
 
-# -- pins ---------------------------------------------------------------------------------------------------------------
+# -- pins ----------------------------------------------------------------------------------------------------
 
 
 def test_the_commit_is_kept_until_another_is_asked_for(hub, root):
@@ -207,7 +239,7 @@ def test_what_cannot_be_is_refused(hub, root):
         download.download("Lance_3B", root, endpoint=hub.url)
 
 
-# -- what is on the disk ------------------------------------------------------------------------------------------------
+# -- what is on the disk -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("how", ["one bit", "shorter", "silently"])
@@ -240,7 +272,9 @@ def test_files_put_there_by_hand_are_hashed_once_and_taken(hub, root):
     assert not result["fetched"] and not hub.requests and set(result["reused"]) == needed(hub)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"repo": 1}', '{"repo": "x", "listing": {"a": 1}}', "[" * 100_000])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"repo": 1}', '{"repo": "x", "listing": {"a": 1}}', "[" * 100_000]
+)
 def test_a_damaged_record_only_costs_a_check(hub, root, text):
     download.download("Lance_3B", root, endpoint=hub.url)
     (root / download.RECORD).write_text(text)
@@ -252,23 +286,25 @@ def test_a_full_disk_is_said_before_anything_is_fetched(hub, root, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(download.shutil, "disk_usage", lambda _: usage(10**9, 10**9, 10**5))
     monkeypatch.setattr(download, "MARGIN", 10**9)
-    with pytest.raises(DownloadError, match=r"needs 0\.0 GB and 1\.0 GB to spare but has 0\.0 GB free: free 1\.0 GB") as caught:
+    with pytest.raises(
+        DownloadError, match=r"needs 0\.0 GB and 1\.0 GB to spare but has 0\.0 GB free: free 1\.0 GB"
+    ) as caught:
         download.download("Lance_3B", root, endpoint=hub.url)
     assert caught.value.reason == "disk" and not hub.requests
 
 
 def test_a_disk_that_fills_up_is_said_and_the_part_stays(hub, root, monkeypatch):
-    write = transfer.Part.write
+    write = http.Part.write
 
     def full(self, piece):
         if self.size > 100_000:
             raise OSError(28, "No space left on device")
         write(self, piece)
 
-    monkeypatch.setattr(transfer.Part, "write", full)
+    monkeypatch.setattr(http.Part, "write", full)
     with pytest.raises(DownloadError, match="is full"):
         download.download("Lance_3B", root, endpoint=hub.url)
-    monkeypatch.setattr(transfer.Part, "write", write)
+    monkeypatch.setattr(http.Part, "write", write)
     hub.requests.clear()
     download.download("Lance_3B", root, endpoint=hub.url)
     assert [(p, s > 100_000) for p, s, _ in hub.requests] == [(MODEL, True)]
@@ -280,7 +316,7 @@ def test_a_folder_that_cannot_be_made(hub, tmp_path):
         download.download("Lance_3B", tmp_path / "file" / "lance", endpoint=hub.url)
 
 
-# -- the hub's cache and offline ----------------------------------------------------------------------------------------
+# -- the hub's cache and offline -----------------------------------------------------------------------------
 
 
 def test_what_the_hubs_cache_has_is_linked(hub, root, tmp_path):
@@ -293,7 +329,9 @@ def test_what_the_hubs_cache_has_is_linked(hub, root, tmp_path):
 
 def test_what_the_hubs_cache_has_on_another_disk_is_copied(hub, root, tmp_path, monkeypatch):
     hub.cache(tmp_path / "hf_home" / "hub", [MODEL])
-    monkeypatch.setattr(transfer.os, "link", lambda *_: (_ for _ in ()).throw(OSError(18, "Invalid cross-device link")))
+    monkeypatch.setattr(
+        http.os, "link", lambda *_: (_ for _ in ()).throw(OSError(18, "Invalid cross-device link"))
+    )
     download.download("Lance_3B", root, endpoint=hub.url)
     assert MODEL not in {p for p, _, _ in hub.requests} and (root / MODEL).stat().st_nlink == 1
     assert_complete(hub, root)
@@ -332,12 +370,12 @@ def test_without_huggingface_hub_it_says_how_to_install_it(hub, root, monkeypatc
     assert caught.value.reason == "install"
 
 
-# -- interruption, kills, company -----------------------------------------------------------------------------------------
+# -- interruption, kills, company ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("through", ["check", "progress"])
 def test_an_interrupt_takes_effect_at_once_though_the_server_stalls(hub, root, monkeypatch, through):
-    monkeypatch.setattr(transfer, "STALL", 60.0)
+    monkeypatch.setattr(http, "STALL", 60.0)
     hub.faults = {MODEL: [("always", "stall")]}
     asked = threading.Event()
     looks = []
@@ -360,7 +398,7 @@ def test_an_interrupt_takes_effect_at_once_though_the_server_stalls(hub, root, m
     hub.requests.clear()
     download.download("Lance_3B", root, endpoint=hub.url)
     [(path, start, _)] = hub.requests
-    assert path == MODEL and -transfer.CHUNK < start - len(hub.files[MODEL]) // 2 <= 0
+    assert path == MODEL and -http.CHUNK < start - len(hub.files[MODEL]) // 2 <= 0
     assert_complete(hub, root)
 
 
@@ -383,14 +421,17 @@ def test_killed_at_ten_random_moments_the_next_try_succeeds(root):
         hub.rate = None
         assert MODEL in download.download("Lance_3B", root, endpoint=hub.url)["fetched"]
         assert_complete(hub, root)
-        assert sum(start > 0 for _, start, _ in hub.requests) >= 3, "what a killed try had fetched was not fetched again"
+        assert sum(start > 0 for _, start, _ in hub.requests) >= 3, (
+            "what a killed try had fetched was not fetched again"
+        )
     opened = checkpoint.Checkpoint(root / "Lance_3B")
     assert all(opened.parts[part].tensors for part in checkpoint.PARTS)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="kill -9")
 @pytest.mark.parametrize(
-    "where, count", [("write", 3), ("before replace", 1), ("before replace", 8), ("after replace", 2), ("after replace", 17)]
+    "where, count",
+    [("write", 3), ("before replace", 1), ("before replace", 8), ("after replace", 2), ("after replace", 17)],
 )
 def test_killed_at_a_chosen_moment_the_next_try_succeeds(hub, root, where, count):
     process = child(hub, root, where, count)
@@ -412,7 +453,7 @@ def test_two_processes_at_once_fetch_everything_once(hub, root):
     assert sorted(p for p, _, _ in hub.requests) == sorted(needed(hub))
 
 
-# -- the command ----------------------------------------------------------------------------------------------------------
+# -- the command ---------------------------------------------------------------------------------------------
 
 
 def test_the_command(hub, root, monkeypatch):
@@ -420,10 +461,17 @@ def test_the_command(hub, root, monkeypatch):
     parser = argparse.ArgumentParser()
     download.add_arguments(parser)
     listed = download.run(parser.parse_args(["--to", str(root)]))
-    assert listed["complete"] == [] and not root.exists() and not hub.api_requests, "nothing is downloaded without being chosen"
-    assert download.report(listed) == f"{root}:\n  Lance_3B (download, 17 GB)\n  Lance_3B_Video (download, 18 GB)"
+    assert listed["complete"] == [] and not root.exists() and not hub.api_requests, (
+        "nothing is downloaded without being chosen"
+    )
+    assert (
+        download.report(listed)
+        == f"{root}:\n  Lance_3B (download, 17 GB)\n  Lance_3B_Video (download, 18 GB)"
+    )
     told = []
-    result = download.run(parser.parse_args(["Lance_3B", "--to", str(root), "--revision", "main"]), lambda *a: told.append(a))
+    result = download.run(
+        parser.parse_args(["Lance_3B", "--to", str(root), "--revision", "main"]), lambda *a: told.append(a)
+    )
     assert told and "is complete and checked" in download.report(result) and MODEL in download.report(result)
     listed = download.run(parser.parse_args(["--to", str(root)]))
     assert listed["complete"] == ["Lance_3B"] and list(listed["missing"]) == ["Lance_3B_Video"]

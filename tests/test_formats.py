@@ -1,4 +1,6 @@
-"""Quantised formats: their bytes by hand, their accuracy, and against comfy-kitchen, whose kernels newer ComfyUI runs them with."""
+"""Quantised formats: their bytes by hand, their accuracy, and against comfy-kitchen, whose kernels newer
+ComfyUI runs them with.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from lance_core import config, quantize, tiny
-from lance_core.convert import convert
-from lance_core.quantize import FORMATS
-from lance_core.weights import SafetensorsFile
+from lance_core import config
+from lance_core.checkpoint import quantize, tiny
+from lance_core.checkpoint.convert import convert
+from lance_core.checkpoint.quantize import FORMATS
+from lance_core.checkpoint.tensor_files import SafetensorsFile
 
 try:
     from comfy_kitchen import tensor as kitchen
@@ -19,7 +22,8 @@ except ImportError:
     kitchen = None
 
 needs_kitchen = pytest.mark.skipif(
-    kitchen is None, reason="comfy-kitchen is not installed: formats are not checked against ComfyUI's own kernels"
+    kitchen is None,
+    reason="comfy-kitchen is not installed: formats are not checked against ComfyUI's own kernels",
 )
 DTYPES = (torch.float32, torch.bfloat16)
 SHAPES = ((256, 2048), (48, 192), (144, 208))  # the last two are no whole tiles of nvfp4
@@ -29,7 +33,10 @@ HOST_NAME = {"fp8": "float8_e4m3fn"} | {name: format.host for name, format in FO
 
 def weight(n: int = 48, k: int = 192, spread: float = 3.0) -> Tensor:
     """Rows of different sizes, as bfloat16 has them."""
-    drawn = torch.randn(n, k, generator=torch.Generator().manual_seed(1)) * torch.linspace(0.1, spread, n)[:, None]
+    drawn = (
+        torch.randn(n, k, generator=torch.Generator().manual_seed(1))
+        * torch.linspace(0.1, spread, n)[:, None]
+    )
     return drawn.bfloat16().float()
 
 
@@ -37,7 +44,7 @@ def error(decoded: Tensor, wanted: Tensor) -> float:
     return float((decoded.float() - wanted).norm() / wanted.norm())
 
 
-# -- by hand ----------------------------------------------------------------------------------------------------------
+# -- by hand -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "bound"), [("fp8", 0.03), ("int8", 0.012), ("int4", 0.12), ("nvfp4", 0.1)])
@@ -55,8 +62,12 @@ def test_layouts_say_what_encode_makes(name, shape):
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_layers_are_told_by_their_tensors(name):
-    dtypes = {f"layers.1.up_proj.{leaf}": dtype for leaf, (dtype, _) in FORMATS[name].layout(256, 256).items()}
-    assert quantize.formats_of(dtypes | {"layers.1.norm.weight": torch.bfloat16}) == {"layers.1.up_proj": FORMATS[name]}
+    dtypes = {
+        f"layers.1.up_proj.{leaf}": dtype for leaf, (dtype, _) in FORMATS[name].layout(256, 256).items()
+    }
+    assert quantize.formats_of(dtypes | {"layers.1.norm.weight": torch.bfloat16}) == {
+        "layers.1.up_proj": FORMATS[name]
+    }
 
 
 def test_what_does_not_fit_is_not_quantised():
@@ -68,12 +79,16 @@ def test_what_does_not_fit_is_not_quantised():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_nvfp4_is_exact_in_narrow_dtypes(dtype):
     made = FORMATS["nvfp4"].encode(weight())
-    assert torch.equal(FORMATS["nvfp4"].decode(made, dtype).float(), FORMATS["nvfp4"].decode(made, torch.float32))
+    assert torch.equal(
+        FORMATS["nvfp4"].decode(made, dtype).float(), FORMATS["nvfp4"].decode(made, torch.float32)
+    )
 
 
 def test_int8_is_rounded_once():
     made = FORMATS["int8"].encode(weight())
-    assert torch.equal(FORMATS["int8"].decode(made, torch.bfloat16), FORMATS["int8"].decode(made, torch.float32).bfloat16())
+    assert torch.equal(
+        FORMATS["int8"].decode(made, torch.bfloat16), FORMATS["int8"].decode(made, torch.float32).bfloat16()
+    )
 
 
 def test_int4_is_two_levels_to_a_byte_low_nibble_first():
@@ -103,7 +118,8 @@ def test_nvfp4_scales_lie_in_tiles_of_32_by_4_by_4():
 
 def test_nvfp4_takes_the_better_of_two_scales_for_each_block():
     w = torch.tensor([[4.0, 3.0, *[0.0] * 14], [6.0, 4.0, *[0.0] * 14]]).repeat(8, 1)
-    # Exact only with the first row's largest as a 4 (as a 6, its 3 would be 2.75), and the second row's as a 6.
+    # Exact only with the first row's largest as a 4 (as a 6, its 3 would be 2.75), and the second row's as a
+    # 6.
     assert torch.equal(FORMATS["nvfp4"].decode(FORMATS["nvfp4"].encode(w), torch.float32), w)
 
 
@@ -118,7 +134,7 @@ def test_constant_and_zero_rows_survive():
         assert not format.decode(format.encode(torch.zeros(16, 64)), torch.float32).abs().max() > 1e-12
 
 
-# -- against comfy-kitchen --------------------------------------------------------------------------------------------
+# -- against comfy-kitchen -----------------------------------------------------------------------------------
 
 
 def as_kernels_take_it(name: str, parts: dict[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype):
@@ -126,8 +142,14 @@ def as_kernels_take_it(name: str, parts: dict[str, Tensor], shape: tuple[int, ..
     layout, scales = {
         "fp8": ("TensorCoreFP8Layout", lambda p: {"scale": p["weight_scale"]}),
         "int8": ("TensorWiseINT8Layout", lambda p: {"scale": p["weight_scale"]}),
-        "int4": ("TensorCoreAWQW4A16Layout", lambda p: {"scale": p["weight_scale"], "zeros": p["weight_zeros"]}),
-        "nvfp4": ("TensorCoreNVFP4Layout", lambda p: {"scale": p["weight_scale_2"], "block_scale": p["weight_scale"]}),
+        "int4": (
+            "TensorCoreAWQW4A16Layout",
+            lambda p: {"scale": p["weight_scale"], "zeros": p["weight_zeros"]},
+        ),
+        "nvfp4": (
+            "TensorCoreNVFP4Layout",
+            lambda p: {"scale": p["weight_scale_2"], "block_scale": p["weight_scale"]},
+        ),
     }[name]
     params = getattr(kitchen, layout).Params(**scales(parts), orig_dtype=dtype, orig_shape=tuple(shape))
     return kitchen.QuantizedTensor(parts["weight"], layout, params)
@@ -145,13 +167,19 @@ def test_the_kernels_read_what_we_write(name, shape, dtype):
 @needs_kitchen
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("name", "options"), [("fp8", {}), ("int8", {"per_channel": True}), ("int8", {"per_channel": False}), ("nvfp4", {})]
+    ("name", "options"),
+    [("fp8", {}), ("int8", {"per_channel": True}), ("int8", {"per_channel": False}), ("nvfp4", {})],
 )
 def test_we_read_what_the_kernels_write(name, options, dtype):
     w = weight(144, 208)
-    layout = {"fp8": "TensorCoreFP8Layout", "int8": "TensorWiseINT8Layout", "nvfp4": "TensorCoreNVFP4Layout"}[name]
+    layout = {"fp8": "TensorCoreFP8Layout", "int8": "TensorWiseINT8Layout", "nvfp4": "TensorCoreNVFP4Layout"}[
+        name
+    ]
     made = kitchen.QuantizedTensor.from_float(w, layout, **options)
-    parts = {f"weight{suffix}": tensor for suffix, tensor in made.layout_cls.state_dict_tensors(made._qdata, made._params).items()}
+    parts = {
+        f"weight{suffix}": tensor
+        for suffix, tensor in made.layout_cls.state_dict_tensors(made._qdata, made._params).items()
+    }
     theirs = as_kernels_take_it(name, parts, w.shape, dtype).dequantize()
     assert torch.equal(FORMATS[name].decode(parts, dtype), theirs)
 
@@ -172,7 +200,9 @@ def test_int8_and_fp8_lose_no_more_than_theirs():
     w = weight(256, 512)
     theirs = kitchen.QuantizedTensor.from_float(w, "TensorWiseINT8Layout", per_channel=True)
     made = FORMATS["int8"].encode(w)
-    assert torch.equal(made["weight"], theirs._qdata) and torch.equal(made["weight_scale"], theirs._params.scale)
+    assert torch.equal(made["weight"], theirs._qdata) and torch.equal(
+        made["weight_scale"], theirs._params.scale
+    )
     theirs = kitchen.QuantizedTensor.from_float(w, "TensorCoreFP8Layout")
     assert quantize.error_of(w, FORMATS["fp8"]) < 1.001 * error(theirs.dequantize(), w)
 
@@ -180,15 +210,24 @@ def test_int8_and_fp8_lose_no_more_than_theirs():
 @needs_kitchen
 @pytest.mark.parametrize("name", FORMATS)
 def test_converted_files_say_and_hold_what_the_kernels_read(name, tmp_path):
-    """Every quantised layer of a file, found by its marker as ComfyUI finds it, against the weights it was made from."""
+    """Every quantised layer of a file, found by its marker as ComfyUI finds it, against the weights it was
+    made from.
+    """
     llm = config.LLMConfig(128, 256, 3, 4, 2, 32, 288, 1e6, (4, 6, 6), 1e-6)
     vit = config.ViTConfig(3, 32, 68, 2, 128, fullatt_block_indexes=(1,))
     source = tiny.write(tmp_path / "tiny", llm=llm, vit=vit) / "Lance_3B"
     convert(source, tmp_path / "x.safetensors", name)
-    file, original = SafetensorsFile(tmp_path / "x.safetensors"), SafetensorsFile(source / "model.safetensors")
+    file, original = (
+        SafetensorsFile(tmp_path / "x.safetensors"),
+        SafetensorsFile(source / "model.safetensors"),
+    )
     if name == "fp8":  # ComfyUI makes the markers of the older form itself, from these
         assert file.shapes["scaled_fp8"] == (2,), "two elements: weight-only"
-        told = {key.removesuffix(".scale_weight"): {"format": "float8_e4m3fn"} for key in file.shapes if key.endswith(".scale_weight")}
+        told = {
+            key.removesuffix(".scale_weight"): {"format": "float8_e4m3fn"}
+            for key in file.shapes
+            if key.endswith(".scale_weight")
+        }
     else:
         told = {
             key.removesuffix(".comfy_quant"): json.loads(bytes(file.read(key).tolist()))
@@ -197,9 +236,16 @@ def test_converted_files_say_and_hold_what_the_kernels_read(name, tmp_path):
         }
         assert all(entry["full_precision_matrix_mult"] is True for entry in told.values())
     assert len(told) == 2 * 7 and {entry["format"] for entry in told.values()} == {HOST_NAME[name]}
-    bound = 1.1 * quantize.error_of(torch.randn(128, 128, generator=torch.Generator().manual_seed(0)), FORMATS[name])
+    bound = 1.1 * quantize.error_of(
+        torch.randn(128, 128, generator=torch.Generator().manual_seed(0)), FORMATS[name]
+    )
     for layer in told:
         wanted = original.read(f"{layer}.weight", torch.float32)
-        leaves = {leaf: quantize.ON_DISK.get(name, {}).get(leaf, leaf) for leaf in FORMATS[name].layout(*wanted.shape)}
+        leaves = {
+            leaf: quantize.ON_DISK.get(name, {}).get(leaf, leaf)
+            for leaf in FORMATS[name].layout(*wanted.shape)
+        }
         parts = {leaf: file.read(f"{layer}.{stored}") for leaf, stored in leaves.items()}
-        assert error(as_kernels_take_it(name, parts, wanted.shape, torch.float32).dequantize(), wanted) < bound
+        assert (
+            error(as_kernels_take_it(name, parts, wanted.shape, torch.float32).dequantize(), wanted) < bound
+        )

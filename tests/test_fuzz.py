@@ -1,4 +1,6 @@
-"""Hostile files: thousands of mutations of every file a checkpoint is read from, each ending in a typed error or a whole load."""
+"""Hostile files: thousands of mutations of every file a checkpoint is read from, each ending in a typed error
+or a whole load.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +16,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lance_core import config, tiny
-from lance_core.checkpoint import PARTS, Checkpoint
-from lance_core.convert import convert
+from lance_core import config
+from lance_core.checkpoint import tiny
+from lance_core.checkpoint.checkpoint import PARTS, Checkpoint
+from lance_core.checkpoint.convert import convert
+from lance_core.checkpoint.tensor_files import SafetensorsFile, TorchFile
 from lance_core.errors import CheckpointError, LanceError
-from lance_core.weights import SafetensorsFile, TorchFile
 
 ROUNDS = 11_000  # in all, over the kinds of file below
 SHARES = {"header": 4000, "file": 2500, "single": 1500, "json": 2000, "torch": 1000}
@@ -54,7 +57,9 @@ def scramble_bytes(data: bytes, rng: random.Random) -> bytes:
         elif kind == 3:
             data[at:at] = rng.randbytes(rng.randrange(1, 40))
         elif kind == 4:
-            data[at : at + 8] = rng.choice([b"\xff" * 8, b"\x00" * 8, struct.pack("<Q", rng.randrange(2**64)), b"[" * 400])
+            data[at : at + 8] = rng.choice(
+                [b"\xff" * 8, b"\x00" * 8, struct.pack("<Q", rng.randrange(2**64)), b"[" * 400]
+            )
         else:
             del data[at : at + rng.randrange(1, 200)]
     return bytes(data)
@@ -95,7 +100,11 @@ def mutate_header(data: bytes, rng: random.Random) -> bytes:
     for _ in range(rng.choice([1, 1, 2, 4])):
         header = scramble_json(header, rng)
     text = json.dumps(header).encode()
-    said = len(text) if rng.random() < 0.9 else rng.choice([0, 1, len(text) - 1, len(text) + 1, 2**40, 2**64 - 1])
+    said = (
+        len(text)
+        if rng.random() < 0.9
+        else rng.choice([0, 1, len(text) - 1, len(text) + 1, 2**40, 2**64 - 1])
+    )
     return struct.pack("<Q", said) + text + data[8 + length :]
 
 
@@ -111,7 +120,9 @@ def use(path: Path) -> None:
 
 
 def rounds(kind: str, folder: Path, file: Path, mutate, path: Path) -> None:
-    """Mutate `file` again and again and use the checkpoint at `path`; memory must not grow past twice the files."""
+    """Mutate `file` again and again and use the checkpoint at `path`; memory must not grow past twice the
+    files.
+    """
     rng = random.Random(f"lance {kind}")
     original = file.read_bytes()
     total = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
@@ -137,7 +148,11 @@ def test_headers(copy):
 def test_bytes_of_weight_files(copy):
     def mutate(data, rng):
         head = 8 + int.from_bytes(data[:8], "little")
-        return scramble_bytes(data[:head], rng) + data[head:] if rng.random() < 0.8 else scramble_bytes(data, rng)
+        return (
+            scramble_bytes(data[:head], rng) + data[head:]
+            if rng.random() < 0.8
+            else scramble_bytes(data, rng)
+        )
 
     rounds("file", copy, copy / "Lance_3B" / "model.safetensors", mutate, copy / "Lance_3B")
 
@@ -158,7 +173,14 @@ def test_single_files(copy):
 
 
 def test_configurations_and_tokenisers(copy):
-    names = ["llm_config.json", "tokenizer.json", "../Qwen2.5-VL-ViT/config.json", "vocab.json", "added_tokens.json", "merges.txt"]
+    names = [
+        "llm_config.json",
+        "tokenizer.json",
+        "../Qwen2.5-VL-ViT/config.json",
+        "vocab.json",
+        "added_tokens.json",
+        "merges.txt",
+    ]
     rng = random.Random("lance json")
     folder = copy / "Lance_3B"
     (copy / "held.json").write_bytes((folder / "tokenizer.json").read_bytes())

@@ -1,4 +1,6 @@
-"""Every golden case end to end, from media files to latents, pixels and answers, within the bounds of golden/README.md."""
+"""Every golden case end to end, from media files to latents, pixels and answers, within the bounds of
+golden/README.md.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The measuring scripts: their accounting against arithmetic and torch's own profiler, their files against the loader."""
+"""The measuring scripts: their accounting against arithmetic and torch's own profiler, their files against
+the loader.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +13,13 @@ import pytest
 import torch
 from torch import nn
 
-from lance_core import tiny
-from lance_core.bench_tools import materialise
-from lance_core.checkpoint import Checkpoint
+from lance_core.bench.device import materialise
+from lance_core.checkpoint import tiny
+from lance_core.checkpoint.checkpoint import Checkpoint
+from lance_core.checkpoint.quantize import FORMATS, quantisable
 from lance_core.config import LanceConfig
-from lance_core.model import Branch, DualExpert, Generation, Plan, Understanding
-from lance_core.quantize import FORMATS, quantisable
-from lance_core.vae import WanVAE
+from lance_core.model.dual_expert import Branch, DualExpert, Generation, Plan, Understanding
+from lance_core.vae.wan import WanVAE
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
@@ -32,11 +34,13 @@ EDIT = measure_memory.Request("edit", "edit", 64, 64, 5)
 QUESTION = measure_memory.Request("vqa", "vqa", 64, 64)
 
 
-# -- memory -----------------------------------------------------------------------------------------------------------
+# -- memory --------------------------------------------------------------------------------------------------
 
 
 def test_a_chain_of_linears_is_counted_to_the_byte():
-    chain = nn.Sequential(*(nn.Linear(a, b, bias=False, device="meta") for a, b in ((100, 300), (300, 200), (200, 10))))
+    chain = nn.Sequential(
+        *(nn.Linear(a, b, bias=False, device="meta") for a, b in ((100, 300), (300, 200), (200, 10)))
+    )
     weights = 4 * (100 * 300 + 300 * 200 + 200 * 10)
     x = torch.empty(7, 100, device="meta")
     with torch.inference_mode(), Accountant() as meter:
@@ -56,9 +60,14 @@ def test_a_chain_of_linears_is_counted_to_the_byte():
 
 
 def test_peak_agrees_with_torchs_profiler():
-    """The allocator's own record of a real guided step on the CPU, whatever its kernels need beside their results included."""
+    """The allocator's own record of a real guided step on the CPU, whatever its kernels need beside their
+    results included.
+    """
     config = replace(TINY.llm, num_layers=2)
-    parts = [materialise(cls(config, device="meta"), torch.device("cpu"), torch.float32) for cls in (Understanding, Generation)]
+    parts = [
+        materialise(cls(config, device="meta"), torch.device("cpu"), torch.float32)
+        for cls in (Understanding, Generation)
+    ]
     model = DualExpert(config, *parts)
     case = measure_memory.case_of(measure_memory.Request("t2i", "t2v", 512, 512), TINY)
     sequence = case.sequence(TINY)
@@ -67,7 +76,12 @@ def test_peak_agrees_with_torchs_profiler():
     x, t = torch.zeros(2, *case.grid, 48), torch.zeros(2, 1)
     with torch.inference_mode(), Accountant("cpu") as meter:
         model.velocity(rows, x, t)
-    with torch.inference_mode(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with (
+        torch.inference_mode(),
+        torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+        ) as profile,
+    ):
         model.velocity(rows, x, t)
     live = most = 0
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -82,22 +96,37 @@ def test_meta_and_cpu_count_the_same(request_):
     meta, real = (measure_memory.measure(request_, TINY, device) for device in ("meta", "cpu"))
     assert meta.peaks.keys() == real.peaks.keys()
     for stage, size in real.peaks.items():
-        # The meta device adds workspaces and spells out the prompt's masked attention; the CPU has the pass's small tables, too.
+        # The meta device adds workspaces and spells out the prompt's masked attention; the CPU has the pass's
+        # small tables, too.
         assert 0.7 * size <= meta.peaks[stage] <= (3 if stage == "prefill" else 1.5) * size, stage
 
 
 def test_placement_counts_weights():
-    peaks = {place: measure_memory.measure(REQUEST, TINY, place=place).peaks["step, 1 row"] for place in measure_memory.PLACES}
-    sizes = {p: sum(t.nbytes for t in measure_memory.build(p, TINY, "bf16", "meta").parameters()) for p in ("und", "gen")}
+    peaks = {
+        place: measure_memory.measure(REQUEST, TINY, place=place).peaks["step, 1 row"]
+        for place in measure_memory.PLACES
+    }
+    sizes = {
+        p: sum(t.nbytes for t in measure_memory.build(p, TINY, "bf16", "meta").parameters())
+        for p in ("und", "gen")
+    }
     assert peaks["whole"] - peaks["lean"] == pytest.approx(sizes["und"], rel=0.2)
     assert peaks["lean"] - peaks["streamed"] == pytest.approx(sizes["gen"], rel=0.2)
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_formats_weigh_what_they_should(name):
-    plain, small = (dict(measure_memory.build("gen", TINY, w, "meta").named_parameters()) for w in ("bf16", name))
-    matrices = [p for n, p in plain.items() if quantisable(n, TINY.llm.num_layers) and FORMATS[name].fits(*p.shape)]
-    layout = sum(torch.Size(s).numel() * d.itemsize for p in matrices for d, s in FORMATS[name].layout(*p.shape).values())
+    plain, small = (
+        dict(measure_memory.build("gen", TINY, w, "meta").named_parameters()) for w in ("bf16", name)
+    )
+    matrices = [
+        p for n, p in plain.items() if quantisable(n, TINY.llm.num_layers) and FORMATS[name].fits(*p.shape)
+    ]
+    layout = sum(
+        torch.Size(s).numel() * d.itemsize
+        for p in matrices
+        for d, s in FORMATS[name].layout(*p.shape).values()
+    )
     rest = sum(p.nbytes for p in plain.values()) - sum(p.nbytes for p in matrices)
     assert sum(p.nbytes for p in small.values()) == rest + layout
 
@@ -106,14 +135,16 @@ def test_memory_tables():
     peaks = measure_memory.measure(REQUEST, TINY).peaks
     found = {("t2v", w, p): peaks for w in measure_memory.WEIGHTS for p in measure_memory.PLACES}
     text = (
-        measure_memory.summary(found, ["t2v"], "whole", True) + measure_memory.stages(found, ["t2v"]) + measure_memory.weights_table(TINY)
+        measure_memory.summary(found, ["t2v"], "whole", True)
+        + measure_memory.stages(found, ["t2v"])
+        + measure_memory.weights_table(TINY)
     )
     assert "| t2v | 0.0 (4 GB)" in text and "VAE decode, tiles" in text
     assert len({line.count("|") for line in measure_memory.stages(found, ["t2v"]).splitlines()}) == 1
     assert measure_memory.card(15 * 10**9) == "16 GB" and measure_memory.card(10**12) == "over 80 GB"
 
 
-# -- loading ----------------------------------------------------------------------------------------------------------
+# -- loading -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", measure_loading.CASES, ids=lambda c: c.name)
@@ -141,14 +172,16 @@ def test_loading_is_measured_in_a_process_of_its_own(tmp_path):
     assert "released, fp32, image" in measure_loading.report([result])
 
 
-# -- quality ----------------------------------------------------------------------------------------------------------
+# -- quality -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def drifts():
     llm = replace(TINY.llm, num_layers=4)
     config = replace(TINY, llm=llm)
-    parts = [measure_quality.random_expert(cls, config, i) for i, cls in enumerate((Understanding, Generation))]
+    parts = [
+        measure_quality.random_expert(cls, config, i) for i, cls in enumerate((Understanding, Generation))
+    ]
     vae = materialise(WanVAE(tiny.VAE, device="meta"), torch.device("cpu"), torch.float32)
     return measure_quality.measure(measure_quality.Subject(*parts, config), vae, cells=4, steps=2)
 
@@ -165,7 +198,9 @@ def test_drift_grows_as_bits_shrink(drifts):
 
 def test_quality_tables(drifts):
     text = measure_quality.report(drifts, "bf16")
-    assert len({line.count("|") for line in text.splitlines()}) == 1 and len(text.splitlines()) == 2 + len(drifts)
+    assert len({line.count("|") for line in text.splitlines()}) == 1 and len(text.splitlines()) == 2 + len(
+        drifts
+    )
     assert measure_quality.decide(drifts).count("\n") == len(FORMATS) - 1
     json.dumps(drifts)
 

@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from lance_core import media, preprocess
 from lance_core.errors import MediaError, RequestError
+from lance_core.inputs import media, preprocess
 
 INPUTS = Path(__file__).parent / "golden" / "cases" / "inputs"
 # What decord 0.6.0 (the released code's reader) gives at every 4th of width and height: real yuv420p clips.
@@ -52,10 +52,66 @@ DECORD = {
         73,
     ],
     ("bigbuckbunny.mp4", 131): [
-        *(35, 41, 14, 53, 81, 86, 50, 78, 103, 136, 132, 126, 109, 121, 42, 170, 160, 148, 19, 19, 14, 55, 66, 24, 195, 225, 78),
+        *(
+            35,
+            41,
+            14,
+            53,
+            81,
+            86,
+            50,
+            78,
+            103,
+            136,
+            132,
+            126,
+            109,
+            121,
+            42,
+            170,
+            160,
+            148,
+            19,
+            19,
+            14,
+            55,
+            66,
+            24,
+            195,
+            225,
+            78,
+        ),
     ],
     ("carphone_pristine.mp4", 119): [
-        *(57, 46, 39, 73, 65, 54, 104, 115, 114, 86, 96, 100, 133, 117, 100, 144, 153, 136, 126, 131, 130, 66, 49, 41, 29, 39, 45),
+        *(
+            57,
+            46,
+            39,
+            73,
+            65,
+            54,
+            104,
+            115,
+            114,
+            86,
+            96,
+            100,
+            133,
+            117,
+            100,
+            144,
+            153,
+            136,
+            126,
+            131,
+            130,
+            66,
+            49,
+            41,
+            29,
+            39,
+            45,
+        ),
     ],
 }
 
@@ -104,7 +160,10 @@ def test_modes(photo, tmp_path):
     image = Image.fromarray(photo)
     grey = np.asarray(image.convert("L"))
     path = tmp_path / "x.png"
-    for mode, expected in [("L", grey[..., None].repeat(3, 2)), ("P", np.asarray(image.convert("P").convert("RGB")))]:
+    for mode, expected in [
+        ("L", grey[..., None].repeat(3, 2)),
+        ("P", np.asarray(image.convert("P").convert("RGB"))),
+    ]:
         image.convert(mode).save(path)
         np.testing.assert_array_equal(media.load_image(path), expected)
     black_white = media.load_image(image.convert("1"))
@@ -144,7 +203,10 @@ def test_transparency_is_white(tmp_path):
     np.testing.assert_array_equal(media.load_image(rgba)[0], [[255, 255, 255], [255, 0, 0]])
 
 
-@pytest.mark.parametrize(("orientation", "turned"), [(1, lambda p: p), (3, lambda p: np.rot90(p, 2)), (6, lambda p: np.rot90(p, -1))])
+@pytest.mark.parametrize(
+    ("orientation", "turned"),
+    [(1, lambda p: p), (3, lambda p: np.rot90(p, 2)), (6, lambda p: np.rot90(p, -1))],
+)
 def test_exif_orientation(photo, tmp_path, orientation, turned):
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -164,13 +226,24 @@ def test_arrays_of_every_kind():
     expected = grey[..., None].repeat(3, 2)
     unit = grey.astype(np.float32) / 255
     colour = unit[..., None].repeat(3, 2)
-    for form in (grey, grey[..., None], expected, expected[None], unit, colour, colour[None], colour.astype(np.float64)):
+    for form in (
+        grey,
+        grey[..., None],
+        expected,
+        expected[None],
+        unit,
+        colour,
+        colour[None],
+        colour.astype(np.float64),
+    ):
         np.testing.assert_array_equal(media.load_image(form), expected)
         np.testing.assert_array_equal(media.load_image(torch.from_numpy(form)), expected)
     np.testing.assert_array_equal(media.load_image(grey.astype(np.uint16) * 257), expected)
     np.testing.assert_array_equal(media.load_image(torch.from_numpy(colour).half()), expected)
     np.testing.assert_array_equal(media.load_image(grey > 60)[..., 0], [[0, 0], [255, 255]])
-    np.testing.assert_array_equal(media.load_image(torch.tensor([[[-0.1, 0.501, 1.2]]], requires_grad=True))[0, 0], [0, 128, 255])
+    np.testing.assert_array_equal(
+        media.load_image(torch.tensor([[[-0.1, 0.501, 1.2]]], requires_grad=True))[0, 0], [0, 128, 255]
+    )
 
 
 def test_floats_round_to_nearest():
@@ -222,7 +295,9 @@ def test_damaged_files(tmp_path, photo):
 
 def test_bomb_is_a_media_error(tmp_path, monkeypatch):
     theirs = Image.MAX_IMAGE_PIXELS
-    Image.new("1", (20_000, 9_500)).save(tmp_path / "big.png")  # beyond where Pillow refuses, within our limit
+    Image.new("1", (20_000, 9_500)).save(
+        tmp_path / "big.png"
+    )  # beyond where Pillow refuses, within our limit
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert media.read_metadata(tmp_path / "big.png") is None  # opened without warning
@@ -262,7 +337,9 @@ def test_real_clip_picks():
 def test_golden_clip():
     frames, fps, total = media.read_clip(INPUTS / "clip.mp4")
     assert (frames.shape, fps, total) == ((9, 96, 128, 3), 24, 18)
-    assert media.read_clip(INPUTS / "clip.mp4", fps=12)[0].shape[0] == 17  # the caller's rate decides the picks
+    assert (
+        media.read_clip(INPUTS / "clip.mp4", fps=12)[0].shape[0] == 17
+    )  # the caller's rate decides the picks
 
 
 def test_only_picked_frames_are_converted(monkeypatch):
@@ -322,7 +399,14 @@ def test_moving_pictures(tmp_path, suffix):
     colours = [(250, 0, 0), (0, 250, 0), (0, 0, 250), (250, 250, 0), (0, 250, 250)]
     images = [Image.new("RGB", (40, 30), colour) for colour in colours]
     path = tmp_path / f"moving{suffix}"
-    images[0].save(path, save_all=True, append_images=images[1:], duration=100, loop=0, **({"lossless": True} if suffix == ".webp" else {}))
+    images[0].save(
+        path,
+        save_all=True,
+        append_images=images[1:],
+        duration=100,
+        loop=0,
+        **({"lossless": True} if suffix == ".webp" else {}),
+    )
     frames, fps, total = media.read_clip(path, pick=lambda total, fps: [0, 2, 4])
     assert (total, round(fps, 3), frames.shape) == (5, 10, (3, 30, 40, 3))
     assert np.abs(frames[:, 15, 20].astype(int) - np.array(colours)[[0, 2, 4]]).max() <= 8
@@ -337,10 +421,20 @@ def test_still_picture_is_a_clip_of_one(tmp_path, photo):
 def test_clips_from_memory():
     clip = smooth(30)
     picks = preprocess.frame_indices(30, 24)
-    forms = [clip, torch.from_numpy(clip), torch.from_numpy(clip).float() / 255, list(clip), [Image.fromarray(f) for f in clip]]
+    forms = [
+        clip,
+        torch.from_numpy(clip),
+        torch.from_numpy(clip).float() / 255,
+        list(clip),
+        [Image.fromarray(f) for f in clip],
+    ]
     for form in forms:
         assert media.read_clip(form)[1] == 12
-        for frames, fps, total in (media.read_clip(form, 24), media.read_clip((form, 24)), media.read_clip((form, np.float32(24)))):
+        for frames, fps, total in (
+            media.read_clip(form, 24),
+            media.read_clip((form, 24)),
+            media.read_clip((form, np.float32(24))),
+        ):
             assert (fps, total) == (24, 30)
             np.testing.assert_array_equal(frames, clip[picks])
 
@@ -382,7 +476,9 @@ def test_damaged_clips(tmp_path):
 def test_clip_that_is_cut_off(tmp_path):
     whole = media.save_video(tmp_path / "whole.mp4", smooth(40), 12).read_bytes()
     assert whole.index(b"moov") < whole.index(b"mdat")
-    (tmp_path / "cut.mp4").write_bytes(whole[: whole.index(b"mdat") + (len(whole) - whole.index(b"mdat")) // 2])
+    (tmp_path / "cut.mp4").write_bytes(
+        whole[: whole.index(b"mdat") + (len(whole) - whole.index(b"mdat")) // 2]
+    )
     with pytest.raises(MediaError, match="cut off after .* of 40 frames"):
         media.read_clip(tmp_path / "cut.mp4")
 
@@ -441,7 +537,13 @@ def test_without_libx264(tmp_path, monkeypatch):
         assert container.streams.video[0].codec_context.name == "mpeg4"
 
 
-SETTINGS = {"prompt": 'a "fox" in snow 狐狸 <|im_end|>', "seed": 2**60, "shift": 3.5, "size": [768, 768], "deep": {"none": None}}
+SETTINGS = {
+    "prompt": 'a "fox" in snow 狐狸 <|im_end|>',
+    "seed": 2**60,
+    "shift": 3.5,
+    "size": [768, 768],
+    "deep": {"none": None},
+}
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".mp4", ".mov", ".mkv"])
@@ -513,7 +615,9 @@ def test_an_error_leaves_nothing_behind(tmp_path, monkeypatch, old):
     monkeypatch.setattr(Image.Image, "save", full_disk)
     with pytest.raises(MediaError, match="no space left"):
         media.save_image(paths[0], smooth(1)[0])
-    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == ({p.name: old for p in paths} if old else {})
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == (
+        {p.name: old for p in paths} if old else {}
+    )
 
 
 def test_unknown_extensions_and_folders(tmp_path):

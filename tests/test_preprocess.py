@@ -14,16 +14,18 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors import safe_open
 
-from lance_core import preprocess as pre
 from lance_core.config import RELEASED_VIT
 from lance_core.errors import MediaError, RequestError
-from lance_core.media import load_image, read_clip
+from lance_core.inputs import preprocess as pre
+from lance_core.inputs.media import load_image, read_clip
 
 CASES = Path(__file__).parent / "golden" / "cases"
 UNITS = json.loads((CASES / "units.json").read_text())
 MANIFEST = json.loads((CASES / "manifest.json").read_text())
 SIDES = [(preset, *sides) for preset, sides in pre.PRESETS.items()]
-GRID_CASES = [f.stem for f in sorted(CASES.glob("*.safetensors")) if "vit_grid" in safe_open(str(f), "pt").keys()]
+GRID_CASES = [
+    f.stem for f in sorted(CASES.glob("*.safetensors")) if "vit_grid" in safe_open(str(f), "pt").keys()
+]
 
 
 def tensors(case: str) -> dict[str, torch.Tensor]:
@@ -34,7 +36,9 @@ def tensors(case: str) -> dict[str, torch.Tensor]:
 def references(case: str) -> list[np.ndarray]:
     """The frames of a case's references, in order."""
     request = MANIFEST[case]["request"]
-    media = [item for item in request["interleave_array"] if isinstance(item, str) and item.startswith("inputs/")]
+    media = [
+        item for item in request["interleave_array"] if isinstance(item, str) and item.startswith("inputs/")
+    ]
     return [read_clip(CASES / m)[0] if m.endswith(".mp4") else load_image(CASES / m)[None] for m in media]
 
 
@@ -109,7 +113,9 @@ def test_crop_is_inside_and_of_the_ratio(width, height, preset):
     ],
 )
 def test_a_picture_nearly_of_the_ratio_stays_whole(size, preset, window):
-    """The released window has the picture's area: common sizes are not cut by the pixel that rounding leaves over."""
+    """The released window has the picture's area: common sizes are not cut by the pixel that rounding leaves
+    over.
+    """
     left, top, w, h = pre.crop_box(*size, *pre.bucket(*size, pre.sides(preset)[0]))
     assert window is None or ((w, h) == window and (left, top) == (0, 0))
     assert w <= size[0] and h <= size[1]
@@ -130,7 +136,9 @@ def test_golden_cases_are_there():
     assert len(GRID_CASES) == 10
 
 
-@pytest.mark.parametrize(("width", "height"), [(1, 1), (20_000, 1), (1, 20_000), (2, 3), (255, 16), (37, 501)])
+@pytest.mark.parametrize(
+    ("width", "height"), [(1, 1), (20_000, 1), (1, 20_000), (2, 3), (255, 16), (37, 501)]
+)
 @pytest.mark.parametrize("preset", ["image_256res", "video_480p"])
 def test_extreme_sizes(width, height, preset):
     frame = np.full((1, height, width, 3), 90, np.uint8)
@@ -144,8 +152,13 @@ def test_extreme_sizes(width, height, preset):
 
 def test_photo_is_cropped_then_resized_by_pil():
     photo = pytest.importorskip("skimage.data").astronaut()[:300]  # 512 x 300, a real picture
-    (w, h), (left, top, cw, ch) = pre.vae_size(512, 300, "image_256res"), pre.crop_box(512, 300, *pre.vae_size(512, 300, "image_256res"))
-    expected = Image.fromarray(photo).crop((left, top, left + cw, top + ch)).resize((w, h), Image.Resampling.BICUBIC)
+    (w, h), (left, top, cw, ch) = (
+        pre.vae_size(512, 300, "image_256res"),
+        pre.crop_box(512, 300, *pre.vae_size(512, 300, "image_256res")),
+    )
+    expected = (
+        Image.fromarray(photo).crop((left, top, left + cw, top + ch)).resize((w, h), Image.Resampling.BICUBIC)
+    )
     np.testing.assert_array_equal(pre.crop_resize(photo, (w, h)), np.asarray(expected))
     signed = pre.vae_pixels(photo[None], "image_256res")
     assert -1 <= signed.min() < -0.9 and 0.9 < signed.max() <= 1
@@ -167,9 +180,16 @@ def test_patch_order():
                 for row in range(2):
                     for col in range(2):
                         y, x = (group_row * 2 + row) * 2, (group_col * 2 + col) * 2
-                        window = torch.from_numpy(frames[step * 2 : step * 2 + 2, y : y + 2, x : x + 2].copy()).float() / 255
+                        window = (
+                            torch.from_numpy(
+                                frames[step * 2 : step * 2 + 2, y : y + 2, x : x + 2].copy()
+                            ).float()
+                            / 255
+                        )
                         window = (window - torch.tensor(pre.CLIP_MEAN)) / torch.tensor(pre.CLIP_STD)
-                        torch.testing.assert_close(patches[n], window.permute(3, 0, 1, 2).reshape(-1), atol=1e-6, rtol=0)
+                        torch.testing.assert_close(
+                            patches[n], window.permute(3, 0, 1, 2).reshape(-1), atol=1e-6, rtol=0
+                        )
                         n += 1
     assert n == len(patches)
 
@@ -185,7 +205,12 @@ def test_odd_video_repeats_its_last_frame():
 def test_frames_come_in_several_forms():
     clip = np.random.default_rng(2).integers(0, 256, (2, 40, 60, 3), dtype=np.uint8)
     expected = pre.vae_pixels(clip, "image_256res")
-    for form in (list(clip), torch.from_numpy(clip), [torch.from_numpy(f) for f in clip], [Image.fromarray(f) for f in clip]):
+    for form in (
+        list(clip),
+        torch.from_numpy(clip),
+        [torch.from_numpy(f) for f in clip],
+        [Image.fromarray(f) for f in clip],
+    ):
         assert torch.equal(pre.vae_pixels(form, "image_256res"), expected)
 
 

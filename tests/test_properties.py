@@ -1,4 +1,6 @@
-"""What must hold whatever the weights: the fast path against the plain reference, and the promises of the public API."""
+"""What must hold whatever the weights: the fast path against the plain reference, and the promises of the
+public API.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +15,14 @@ from reference import Block, Model, positions, unconditional
 from safetensors.torch import load_file
 
 import lance_core
-from lance_core import prompts, rope
-from lance_core.answer import Chooser, write
 from lance_core.config import VAEConfig
-from lance_core.model import Branch, Plan, Prepared
-from lance_core.ops import attention
-from lance_core.sampler import Guidance, euler, schedule
-from lance_core.sequence import Kind, Role, Segment
+from lance_core.inputs import prompts
+from lance_core.model import dual_expert, rope
+from lance_core.model.attention import attention
+from lance_core.model.dual_expert import Branch, Plan, Prepared
+from lance_core.model.sampler import Guidance, euler, schedule
+from lance_core.model.sequence import Kind, Role, Segment
+from lance_core.text_generation import Chooser, write
 
 BF16 = {"latent": 0.07, "frames": 0.026}  # twice what was measured
 FP16 = {"latent": 0.009, "frames": 0.0035}
@@ -30,7 +33,9 @@ def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
     """A smooth random image, uint8 [height, width, 3]."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[0:height, 0:width]
-    waves = [np.sin(x * rng.uniform(0.02, 0.2) + y * rng.uniform(0.02, 0.2) + rng.uniform(0, 6)) for _ in range(3)]
+    waves = [
+        np.sin(x * rng.uniform(0.02, 0.2) + y * rng.uniform(0.02, 0.2) + rng.uniform(0, 6)) for _ in range(3)
+    ]
     return (127.5 + 127.5 * np.stack(waves, axis=-1)).astype(np.uint8)
 
 
@@ -50,7 +55,7 @@ def error(got: torch.Tensor, expected: torch.Tensor) -> float:
     return float((got - expected).abs().max() / expected.abs().max())
 
 
-# -- against the reference --------------------------------------------------------------------------------------------
+# -- against the reference -----------------------------------------------------------------------------------
 
 
 def test_reference_reproduces_golden_velocities(drawn):
@@ -73,15 +78,44 @@ def test_reference_reproduces_golden_logits(answered):
     written = answered.tensors["answer_ids"].tolist()
     last = Block("text", "", (*answered.sequence.segments[-1].ids, *written[:-1]))
     blocks = [*blocks[:-1], last]
-    logits = model.logits(blocks, positions(blocks, 2, offsets=False))[-len(written) :, : len(answered.lance.checkpoint.tokenizer)]
+    logits = model.logits(blocks, positions(blocks, 2, offsets=False))[
+        -len(written) :, : len(answered.lance.checkpoint.tokenizer)
+    ]
     assert error(logits, answered.tensors["logits"]) < 5e-5
     assert error(torch.stack(answered.logits), logits) < 5e-5
 
 
 OTHERS = {
-    "narrow": {"hidden": 36, "inner": 50, "layers": 1, "heads": 3, "kv": 3, "width": 12, "mrope": (2, 2, 2), "theta": 500.0},
-    "deep, one kv head": {"hidden": 40, "inner": 24, "layers": 5, "heads": 5, "kv": 1, "width": 8, "mrope": (0, 1, 3), "rows": 398},
-    "heads wider than hidden": {"hidden": 30, "inner": 90, "layers": 2, "heads": 4, "kv": 2, "width": 20, "mrope": (5, 1, 4), "rows": 640},
+    "narrow": {
+        "hidden": 36,
+        "inner": 50,
+        "layers": 1,
+        "heads": 3,
+        "kv": 3,
+        "width": 12,
+        "mrope": (2, 2, 2),
+        "theta": 500.0,
+    },
+    "deep, one kv head": {
+        "hidden": 40,
+        "inner": 24,
+        "layers": 5,
+        "heads": 5,
+        "kv": 1,
+        "width": 8,
+        "mrope": (0, 1, 3),
+        "rows": 398,
+    },
+    "heads wider than hidden": {
+        "hidden": 30,
+        "inner": 90,
+        "layers": 2,
+        "heads": 4,
+        "kv": 2,
+        "width": 20,
+        "mrope": (5, 1, 4),
+        "rows": 640,
+    },
 }
 VITS = {
     "narrow": {"depth": 1, "num_heads": 4, "fullatt_block_indexes": [], "tokens_per_second": 4},
@@ -99,7 +133,9 @@ VAES = {
 def other(request, write_checkpoint, tmp_path_factory):
     """A random checkpoint unlike the golden one in every size."""
     name = request.param
-    folder = write_checkpoint(tmp_path_factory.mktemp("other"), seed=len(name), vit=VITS[name], vae=VAES[name], **OTHERS[name])
+    folder = write_checkpoint(
+        tmp_path_factory.mktemp("other"), seed=len(name), vit=VITS[name], vae=VAES[name], **OTHERS[name]
+    )
     return lance_core.load(folder, dtype=torch.float32)
 
 
@@ -111,8 +147,14 @@ def other(request, write_checkpoint, tmp_path_factory):
         ("i2v", {"image": picture(40, 50), "num_frames": 5, "steps": 1}),
         ("image_edit", {"image": picture(70, 50), "cfg_interval": (0.0, 0.95), "renorm": "none"}),
         ("video_edit", {"video": (np.stack([picture(30, 40, i) for i in range(6)]), 12.0), "steps": 1}),
-        ("subject_image", {"references": [picture(64, 64), picture(30, 90)], "width": 48, "height": 64, "cfg": 0.5}),
-        ("subject_video", {"references": picture(50, 60), "width": 48, "height": 64, "num_frames": 5, "shift": 1.0}),
+        (
+            "subject_image",
+            {"references": [picture(64, 64), picture(30, 90)], "width": 48, "height": 64, "cfg": 0.5},
+        ),
+        (
+            "subject_video",
+            {"references": picture(50, 60), "width": 48, "height": 64, "num_frames": 5, "shift": 1.0},
+        ),
         ("t2i", {"width": 48, "height": 48, "negative_prompt": "blurry, badly drawn"}),
     ],
     ids=lambda value: value if isinstance(value, str) else "negative" if "negative_prompt" in value else "",
@@ -140,14 +182,22 @@ def test_other_checkpoints_equal_the_reference(other, recorded, task, given):
     )
     assert error(run.result.latent, latent) < 5e-5
     t, h, w = latent.shape[:3]
-    assert run.result.frames.shape == (4 * t - 3, 16 * h, 16 * w, 3) and bool(torch.isfinite(run.result.frames).all())
+    assert run.result.frames.shape == (4 * t - 3, 16 * h, 16 * w, 3) and bool(
+        torch.isfinite(run.result.frames).all()
+    )
 
 
 def test_other_checkpoints_answer_as_the_reference(other):
-    answer = other.understand("what is this?", image=picture(40, 60), resolution="image_256res", max_new_tokens=6)
+    answer = other.understand(
+        "what is this?", image=picture(40, 60), resolution="image_256res", max_new_tokens=6
+    )
     with torch.inference_mode():
         seen = other.seen_segment(picture(40, 60)[None], "image_256res", Role.QUESTION)
-    blocks = blocks_of(prompts.question(other.checkpoint.tokenizer, prompts.SYSTEM_PROMPTS["x2t_image"], [seen], "what is this?"))
+    blocks = blocks_of(
+        prompts.question(
+            other.checkpoint.tokenizer, prompts.SYSTEM_PROMPTS["x2t_image"], [seen], "what is this?"
+        )
+    )
     model, rate, written = reference_of(other), other.config.vit.tokens_per_second, []
     for _ in answer.token_ids:
         given = [*blocks, Block("text", "", tuple(written))] if written else blocks
@@ -166,12 +216,14 @@ def test_nothing_after_the_target_matters(recorded, image_lance):
     assert error(run.velocities[0][3][0], bare) < 1e-5
 
 
-# -- the context ------------------------------------------------------------------------------------------------------
+# -- the context ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def edit(recorded, image_lance):
-    return recorded(image_lance, "image_edit", "make it blue", image=picture(60, 60), resolution="image_256res", steps=1)
+    return recorded(
+        image_lance, "image_edit", "make it blue", image=picture(60, 60), resolution="image_256res", steps=1
+    )
 
 
 def fill(lance, sequence, parts_of) -> list[torch.Tensor]:
@@ -195,7 +247,9 @@ def token_by_token(parts):
             yield [(Segment(Kind.TEXT, segment.role, (token,)), position[:, i : i + 1])]
 
 
-@pytest.mark.parametrize("parts_of", [lambda parts: [[part] for part in parts], token_by_token], ids=["by segment", "by token"])
+@pytest.mark.parametrize(
+    "parts_of", [lambda parts: [[part] for part in parts], token_by_token], ids=["by segment", "by token"]
+)
 def test_prefill_in_parts_equals_at_once(edit, image_lance, parts_of):
     whole = fill(image_lance, edit.sequence, lambda parts: [parts])
     split = fill(image_lance, edit.sequence, parts_of)
@@ -210,7 +264,9 @@ def test_velocity_leaves_the_context_alone(recorded, image_lance):
         again = image_lance.experts().velocity([Branch(run.prepared, i) for i in (1, 0)], x.flip(0), t)
     assert error(again.flip(0), v) < 1e-6  # rows in another order, after all the other steps
     kept = [k[s] for k in context.keys for s in (context.prefix, *context.rests)]
-    assert all(bool(torch.isfinite(k).all()) for k in kept) and context.nbytes == sum(k.nbytes for k in context.keys + context.values)
+    assert all(bool(torch.isfinite(k).all()) for k in kept) and context.nbytes == sum(
+        k.nbytes for k in context.keys + context.values
+    )
 
 
 def test_unconditional_context_is_the_conditional_less_the_caption(drawn):
@@ -220,20 +276,22 @@ def test_unconditional_context_is_the_conditional_less_the_caption(drawn):
     cond, uncond = (drawn.plan.prefix + rest for rest in drawn.plan.rests)
     kept = [(s, p) for s, p in cond if s.role is not Role.CAPTION]
     assert [s for s, _ in uncond] == [s for s, _ in kept] and len(kept) == len(cond) - 1
-    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(uncond, kept, strict=True))  # a gap stays where the caption was
+    assert all(
+        torch.equal(a, b) for (_, a), (_, b) in zip(uncond, kept, strict=True)
+    )  # a gap stays where the caption was
     bare = rope.positions(drawn.sequence.without_caption(), 2)
     assert torch.equal(drawn.plan.targets[1], bare[-1])
     assert drawn.sequence.source is None or torch.equal(*drawn.plan.targets)
 
 
 def test_the_shared_prefix_is_computed_once(edit, monkeypatch, image_lance):
-    tokens, run_layers = [], lance_core.model.run_layers
+    tokens, run_layers = [], dual_expert.run_layers
 
     def counted(und_layers, gen_layers, und, gen, *rest):
         tokens.append(und.shape[1] + (0 if gen is None else gen.shape[1]))
         return run_layers(und_layers, gen_layers, und, gen, *rest)
 
-    monkeypatch.setattr(lance_core.model, "run_layers", counted)
+    monkeypatch.setattr(dual_expert, "run_layers", counted)
     with torch.inference_mode():
         image_lance.experts().fill(Prepared(edit.sequence, edit.plan))
     caption = edit.sequence.context[edit.sequence.caption].length
@@ -243,10 +301,12 @@ def test_the_shared_prefix_is_computed_once(edit, monkeypatch, image_lance):
     assert caption + template in tokens and tokens.count(template) == 1
 
 
-# -- results ----------------------------------------------------------------------------------------------------------
+# -- results -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("checkpoint, task", [("Lance_3B", "t2i"), ("Lance_3B_Video", "i2v"), ("Lance_3B", "image_edit")])
+@pytest.mark.parametrize(
+    "checkpoint, task", [("Lance_3B", "t2i"), ("Lance_3B_Video", "i2v"), ("Lance_3B", "image_edit")]
+)
 def test_a_batch_equals_single_runs(opened, checkpoint, task):
     lance = opened(checkpoint)
     options = {"steps": 2} | {
@@ -266,14 +326,18 @@ def test_given_noise_is_the_seeds(image_lance):
     seeded = image_lance.generate("t2i", "a fox", seed=9, **QUICK)
     noise = torch.randn((3 * 4, 48), generator=torch.Generator().manual_seed(9)).view(1, 3, 4, 48)
     for given in (noise, noise[None], noise.numpy()):
-        assert torch.equal(image_lance.generate("t2i", "a fox", seed=1, noise=given, **QUICK).latent, seeded.latent)
+        assert torch.equal(
+            image_lance.generate("t2i", "a fox", seed=1, noise=given, **QUICK).latent, seeded.latent
+        )
     batch = image_lance.generate("t2i", "a fox", noise=torch.stack([noise, -noise]), batch_size=2, **QUICK)
     assert error(batch.latent[0], seeded.latent) < 1e-5 and error(batch.latent[1], seeded.latent) > 0.1
 
 
 def test_seed_zero_is_a_seed(image_lance, recorded):
     zero = recorded(image_lance, "t2i", "a fox", seed=0, **QUICK)
-    assert torch.equal(zero.start.view(-1, 48), torch.randn((12, 48), generator=torch.Generator().manual_seed(0)))
+    assert torch.equal(
+        zero.start.view(-1, 48), torch.randn((12, 48), generator=torch.Generator().manual_seed(0))
+    )
     assert torch.equal(zero.result.latent, image_lance.generate("t2i", "a fox", seed=0, **QUICK).latent)
     assert error(zero.result.latent, image_lance.generate("t2i", "a fox", **QUICK).latent) > 0.1
     assert zero.result.request["seed"] == 0
@@ -281,8 +345,12 @@ def test_seed_zero_is_a_seed(image_lance, recorded):
 
 def test_global_random_state_is_neither_used_nor_touched(image_lance):
     def draw() -> tuple[torch.Tensor, list[int]]:
-        latent = image_lance.generate("image_edit", "a fox", image=picture(20, 20), resolution="image_256res", steps=1).latent
-        answer = image_lance.understand("?", image=picture(20, 20), resolution="image_256res", max_new_tokens=4, temperature=1.0)
+        latent = image_lance.generate(
+            "image_edit", "a fox", image=picture(20, 20), resolution="image_256res", steps=1
+        ).latent
+        answer = image_lance.understand(
+            "?", image=picture(20, 20), resolution="image_256res", max_new_tokens=4, temperature=1.0
+        )
         return latent, answer.token_ids
 
     states = lambda: (torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist())  # noqa: E731
@@ -304,12 +372,16 @@ def test_a_negative_prompt_equal_to_the_prompt_cancels_guidance(image_lance):
 def test_a_negative_prompt_matters_and_an_empty_one_is_none(image_lance):
     none = image_lance.generate("t2i", "a red fox", **QUICK).latent
     assert torch.equal(image_lance.generate("t2i", "a red fox", negative_prompt=" ", **QUICK).latent, none)
-    assert error(image_lance.generate("t2i", "a red fox", negative_prompt="grass", **QUICK).latent, none) > 1e-3
+    assert (
+        error(image_lance.generate("t2i", "a red fox", negative_prompt="grass", **QUICK).latent, none) > 1e-3
+    )
 
 
 def test_a_video_of_one_frame_is_an_image(video_lance):
     image = video_lance.generate("t2i", "a red fox", **QUICK)
-    video = video_lance.generate("t2v", "a red fox", num_frames=1, system_prompt=prompts.SYSTEM_PROMPTS["t2i"], **QUICK)
+    video = video_lance.generate(
+        "t2v", "a red fox", num_frames=1, system_prompt=prompts.SYSTEM_PROMPTS["t2i"], **QUICK
+    )
     assert torch.equal(image.latent, video.latent) and torch.equal(image.frames, video.frames)
 
 
@@ -326,18 +398,25 @@ def test_the_first_frame_stays_as_it_came(video_lance, recorded):
 
 def test_the_system_prompt_matters(image_lance):
     default = image_lance.generate("t2i", "a fox", **QUICK).latent
-    assert torch.equal(image_lance.generate("t2i", "a fox", system_prompt=prompts.SYSTEM_PROMPTS["t2i"], **QUICK).latent, default)
+    assert torch.equal(
+        image_lance.generate("t2i", "a fox", system_prompt=prompts.SYSTEM_PROMPTS["t2i"], **QUICK).latent,
+        default,
+    )
     assert error(image_lance.generate("t2i", "a fox", system_prompt="", **QUICK).latent, default) > 1e-3
 
 
 def test_callback_sees_every_step(image_lance):
     seen = []
-    result = image_lance.generate("t2i", "a fox", callback=lambda *args: seen.append((*args[:2], args[2].clone())), **QUICK)
+    result = image_lance.generate(
+        "t2i", "a fox", callback=lambda *args: seen.append((*args[:2], args[2].clone())), **QUICK
+    )
     assert [(step, total) for step, total, _ in seen] == [(1, 3), (2, 3), (3, 3)]
     assert all(latent.shape == (1, 3, 4, 48) and latent.dtype == torch.float32 for *_, latent in seen)
     assert torch.equal(seen[-1][2], result.latent)
     batch = []
-    image_lance.generate("t2i", "a fox", batch_size=2, callback=lambda *args: batch.append(args[2].shape), **QUICK)
+    image_lance.generate(
+        "t2i", "a fox", batch_size=2, callback=lambda *args: batch.append(args[2].shape), **QUICK
+    )
     assert batch == [(2, 1, 3, 4, 48)] * 3
 
 
@@ -351,8 +430,15 @@ def stop(*_):
 
 def test_cancelling_leaves_nothing_behind(write_checkpoint, tmp_path):
     lance = lance_core.load(write_checkpoint(tmp_path), dtype=torch.float32)
-    ask = lambda **more: lance.generate("image_edit", "a fox", image=picture(20, 20), resolution="image_256res", steps=2, **more)  # noqa: E731
-    question = lambda **more: lance.understand("?", image=picture(20, 20), resolution="image_256res", max_new_tokens=4, **more)  # noqa: E731
+
+    def ask(**more):
+        options = {"resolution": "image_256res", "steps": 2}
+        return lance.generate("image_edit", "a fox", image=picture(20, 20), **options, **more)
+
+    def question(**more):
+        options = {"resolution": "image_256res", "max_new_tokens": 4}
+        return lance.understand("?", image=picture(20, 20), **options, **more)
+
     for stage in ("loading vae", "loading und", "looking", "encoding", "denoising", "decoding", "writing"):
         lance.progress = lambda what, done, total, stage=stage: stop() if what == stage else None
         with pytest.raises(Stop):
@@ -365,21 +451,35 @@ def test_cancelling_leaves_nothing_behind(write_checkpoint, tmp_path):
     fresh = lance_core.load(lance.checkpoint.path, dtype=torch.float32)
     other = fresh.generate("image_edit", "a fox", image=picture(20, 20), resolution="image_256res", steps=2)
     assert torch.equal(ask().latent, other.latent) and torch.equal(ask().frames, other.frames)
-    assert question() == fresh.understand("?", image=picture(20, 20), resolution="image_256res", max_new_tokens=4)
+    assert question() == fresh.understand(
+        "?", image=picture(20, 20), resolution="image_256res", max_new_tokens=4
+    )
 
 
 def test_progress_reports_every_stage_to_its_end(write_checkpoint, tmp_path):
     last: dict[str, tuple[int, int]] = {}
-    lance = lance_core.load(write_checkpoint(tmp_path), dtype=torch.float32, progress=lambda what, *n: last.update({what: n}))
-    lance.generate("image_edit", "a fox", image=picture(20, 20), resolution="image_256res", steps=2, batch_size=2)
-    assert set(last) >= {f"loading {p}" for p in ("und", "gen", "vit", "vae")} | {"looking", "encoding", "denoising", "decoding"}
+    lance = lance_core.load(
+        write_checkpoint(tmp_path), dtype=torch.float32, progress=lambda what, *n: last.update({what: n})
+    )
+    lance.generate(
+        "image_edit", "a fox", image=picture(20, 20), resolution="image_256res", steps=2, batch_size=2
+    )
+    assert set(last) >= {f"loading {p}" for p in ("und", "gen", "vit", "vae")} | {
+        "looking",
+        "encoding",
+        "denoising",
+        "decoding",
+    }
     assert all(done == total > 0 for done, total in last.values())
 
 
-# -- guidance and the solver ------------------------------------------------------------------------------------------
+# -- guidance and the solver ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("renorm, renorm_min", [("none", 0.0), ("global", 0.0), ("global", 0.97), ("channel", 0.0), ("channel", 0.97)])
+@pytest.mark.parametrize(
+    "renorm, renorm_min",
+    [("none", 0.0), ("global", 0.0), ("global", 0.97), ("channel", 0.0), ("channel", 0.97)],
+)
 @pytest.mark.parametrize("cfg", [0.0, 0.5, 1.0, 1.6, 7.0])
 @pytest.mark.parametrize("interval", [(0.0, 1.0), (0.4, 1.0), (0.5, 0.9), (0.3, 0.3)])
 def test_guidance_equals_a_plain_loop(cfg, interval, renorm, renorm_min):
@@ -406,7 +506,9 @@ def test_guidance_equals_a_plain_loop(cfg, interval, renorm, renorm_min):
                     v = v * min(max(float(c.norm() / (v.norm() + 1e-8)), renorm_min), 1)
                 if renorm == "channel":
                     cells = zip(c.reshape(-1, 4), v.reshape(-1, 4), strict=True)
-                    v = torch.stack([w * min(max(float(d.norm() / (w.norm() + 1e-8)), renorm_min), 1) for d, w in cells]).view(v.shape)
+                    v = torch.stack(
+                        [w * min(max(float(d.norm() / (w.norm() + 1e-8)), renorm_min), 1) for d, w in cells]
+                    ).view(v.shape)
             guided.append(cfg != 1 and interval[0] < t <= interval[1])
             x = x - v * (t - after)
         rows.append(x)
@@ -431,22 +533,30 @@ def test_one_step(image_lance, recorded):
     assert torch.allclose(run.result.latent, (run.start - run.velocities[0][3])[0])
 
 
-# -- precision --------------------------------------------------------------------------------------------------------
+# -- precision -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, BF16), (torch.float16, FP16)], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "dtype, bound", [(torch.bfloat16, BF16), (torch.float16, FP16)], ids=["bfloat16", "float16"]
+)
 def test_drift_from_float32_is_bounded(opened, dtype, bound):
     def rms(a, b):
         return float((a - b).norm() / b.norm())
 
-    for task, given in (("t2i", {"width": 64, "height": 64}), ("image_edit", {"image": picture(50, 50), "resolution": "image_256res"})):
-        exact, rough = (opened("Lance_3B", d).generate(task, "a red fox", steps=4, **given) for d in (torch.float32, dtype))
+    for task, given in (
+        ("t2i", {"width": 64, "height": 64}),
+        ("image_edit", {"image": picture(50, 50), "resolution": "image_256res"}),
+    ):
+        exact, rough = (
+            opened("Lance_3B", d).generate(task, "a red fox", steps=4, **given)
+            for d in (torch.float32, dtype)
+        )
         assert rough.latent.dtype == rough.frames.dtype == torch.float32
         assert 0 < rms(rough.latent, exact.latent) < bound["latent"]
         assert rms(rough.frames, exact.frames) < bound["frames"]
 
 
-# -- answers ----------------------------------------------------------------------------------------------------------
+# -- answers -------------------------------------------------------------------------------------------------
 
 
 ASK = {"image": picture(40, 40), "resolution": "image_256res"}
@@ -484,7 +594,9 @@ def test_the_answer_ends_at_the_end_token(image_lance):
 
 
 def test_sampling_is_seeded(image_lance):
-    ask = lambda seed, **more: image_lance.understand("what?", seed=seed, max_new_tokens=8, **ASK, **more).token_ids  # noqa: E731
+    def ask(seed, **more):
+        return image_lance.understand("what?", seed=seed, max_new_tokens=8, **ASK, **more).token_ids
+
     hot = {"temperature": 1.5}
     assert ask(0, **hot) == ask(0, **hot)
     assert len({tuple(ask(seed, **hot)) for seed in range(4)}) > 1
@@ -501,7 +613,9 @@ def test_top_p_keeps_the_nucleus():
 @pytest.mark.parametrize("seed", range(3))
 def test_pieces_join_to_the_text(image_lance, seed):
     pieces = []
-    answer = image_lance.understand("what?", temperature=2.0, seed=seed, max_new_tokens=24, on_token=pieces.append, **ASK)
+    answer = image_lance.understand(
+        "what?", temperature=2.0, seed=seed, max_new_tokens=24, on_token=pieces.append, **ASK
+    )
     assert "".join(pieces) == answer.text and [p.token_id for p in pieces] == answer.token_ids
 
 
@@ -521,11 +635,22 @@ def test_pieces_hold_back_unfinished_characters(image_lance):
 
 @pytest.mark.parametrize("ahead", [False, True])
 def test_pieces_are_told_whole_however_the_bytes_fall(image_lance, ahead):
-    """Characters of several tokens, bytes that never become one, special tokens between: the text is that of all ids at once."""
+    """Characters of several tokens, bytes that never become one, special tokens between: the text is that of
+    all ids at once.
+    """
     tokenizer = image_lance.checkpoint.tokenizer
     broken = tokenizer.encode("雪")[:-1]
     whole = tokenizer.encode("a狐 ")
-    ids = [*whole, *broken, *tokenizer.encode("b"), tokenizer.vision_start, *broken, *broken, *tokenizer.encode("狸c"), *broken]
+    ids = [
+        *whole,
+        *broken,
+        *tokenizer.encode("b"),
+        tokenizer.vision_start,
+        *broken,
+        *broken,
+        *tokenizer.encode("狸c"),
+        *broken,
+    ]
     script, pieces, told = iter(ids), [], []
     sequence = prompts.question(tokenizer, "", [], "what?")
 
@@ -537,10 +662,14 @@ def test_pieces_are_told_whole_however_the_bytes_fall(image_lance, ahead):
         model = image_lance.experts(generation=False)
         passes = []
         model.attention = lambda *args: (passes.append(1), attention(*args))[1]
-        text, written = write(model, tokenizer, sequence, 2.0, len(ids), lambda _: next(script), tell, ahead=ahead)
+        text, written = write(
+            model, tokenizer, sequence, 2.0, len(ids), lambda _: next(script), tell, ahead=ahead
+        )
     assert written == ids and text == tokenizer.decode(ids) == "".join(pieces)
     assert "".join(pieces[: len(whole)]) == "a狐 "
     assert pieces[ids.index(tokenizer.vision_start)] == "<|vision_start|>"
     # Each token but the last has a pass of its own, begun before or after it is told.
     layers = model.config.num_layers
-    assert [n - told[0] for n in told] == [layers * (min(i + ahead, len(ids) - 1) - ahead) for i in range(len(ids))]
+    assert [n - told[0] for n in told] == [
+        layers * (min(i + ahead, len(ids) - 1) - ahead) for i in range(len(ids))
+    ]

@@ -1,19 +1,22 @@
-"""Rope frequencies as the weights were trained with them: rounded to bfloat16, whatever the model computes in.
+"""Rope frequencies as the weights were trained with them: rounded to bfloat16, whatever the model computes
+in.
 
-The released code keeps them in a module buffer, which its bfloat16 training and inference both round. At released sizes exact
-float32 frequencies turn the heads of an edit's tokens by more than a radian too much or too little.
+The released code keeps them in a module buffer, which its bfloat16 training and inference both round. At
+released sizes exact float32 frequencies turn the heads of an edit's tokens by more than a radian too much or
+too little.
 """
 
 from __future__ import annotations
 
 import pytest
 import torch
-from conftest import GOLDEN, MANIFEST, request_of
+from golden_cases import GOLDEN, MANIFEST, request_of
 from safetensors.torch import load_file
 
 import lance_core
-from lance_core import rope, vit
 from lance_core.config import RELEASED_LLM
+from lance_core.model import rope, vit
+from lance_core.model.sequence import Role
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -43,7 +46,9 @@ def test_tables_turn_by_float32_positions_times_rounded_frequencies():
                 assert abs(float(cos[token, column]) - float(angle.cos())) < 1e-4
                 assert abs(float(sin[token, column]) - float(angle.sin())) < 1e-4
     unrounded = 1000 * exact(1e6, 128)
-    assert (unrounded[:16] - 1000 * frequencies[:16]).abs().max() > 1, "what this test is about: at the ViT's offset it is a radian"
+    assert (unrounded[:16] - 1000 * frequencies[:16]).abs().max() > 1, (
+        "what this test is about: at the ViT's offset it is a radian"
+    )
 
 
 def test_vit_angles_are_rounded_three_times():
@@ -54,7 +59,9 @@ def test_vit_angles_are_rounded_three_times():
     assert product.dtype == torch.bfloat16 and angles.dtype == torch.float32
     assert torch.equal(angles[:, :20], product.float()) and torch.equal(angles[:, 40:60], product.float())
     assert not angles[:, 20:40].any()
-    assert (angles[:, :20] - places.float()[:, None] * frequencies.float()).abs().max() > 1e-3, "the products are rounded, too"
+    assert (angles[:, :20] - places.float()[:, None] * frequencies.float()).abs().max() > 1e-3, (
+        "the products are rounded, too"
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -70,19 +77,30 @@ def test_every_compute_dtype_turns_by_the_same_angles(golden, monkeypatch, dtype
 
     monkeypatch.setattr(rope, "tables", watched)
     lance = lance_core.load(golden / "checkpoint" / "Lance_3B", dtype=dtype)
-    lance.generate("image_edit", "blue", image=torch.zeros(32, 32, 3, dtype=torch.uint8).numpy(), steps=1, resolution="image_256res")
+    lance.generate(
+        "image_edit",
+        "blue",
+        image=torch.zeros(32, 32, 3, dtype=torch.uint8).numpy(),
+        steps=1,
+        resolution="image_256res",
+    )
     llm = lance.config.llm
     frequency = float(exact(llm.rope_theta, llm.head_dim).bfloat16()[1])
     place, cos, sin = torch.cat(seen, dim=1)
     assert place.max() > 1000, "an edit's ViT block stands at time 1000"
     torch.testing.assert_close(
-        torch.stack([cos, sin]), torch.stack([(place * frequency).cos(), (place * frequency).sin()]), atol=1e-4, rtol=0
+        torch.stack([cos, sin]),
+        torch.stack([(place * frequency).cos(), (place * frequency).sin()]),
+        atol=1e-4,
+        rtol=0,
     )
 
 
 @pytest.mark.parametrize("wrong", ["language model", "vit products", "vit frequencies"])
 def test_golden_cases_tell_rounded_from_exact(golden, recorded, monkeypatch, wrong):
-    """The bounds are narrow enough: with exact frequencies, or with half of the ViT's rounding, golden cases fail."""
+    """The bounds are narrow enough: with exact frequencies, or with half of the ViT's rounding, golden cases
+    fail.
+    """
     case = MANIFEST["image_edit"]
     expected = load_file(GOLDEN / "cases" / "image_edit.safetensors")["velocity_step0_cond"]
     question = load_file(GOLDEN / "cases" / "x2t_image.safetensors")["vit_embeds"]
@@ -93,7 +111,10 @@ def test_golden_cases_tell_rounded_from_exact(golden, recorded, monkeypatch, wro
     else:
 
         def unrounded(rows, cols, head_dim):
-            half = (torch.stack([rows, cols], 1)[..., None] * rope.trained_frequencies(vit.ROPE_THETA, head_dim // 2)).flatten(1)
+            half = (
+                torch.stack([rows, cols], 1)[..., None]
+                * rope.trained_frequencies(vit.ROPE_THETA, head_dim // 2)
+            ).flatten(1)
             return torch.cat([half, half], dim=1)
 
         monkeypatch.setattr(vit, "rope_angles", unrounded)
@@ -106,6 +127,9 @@ def test_golden_cases_tell_rounded_from_exact(golden, recorded, monkeypatch, wro
         _, _, options = request_of(MANIFEST["x2t_image"])
         clip = lance_core.media.load_image(options["image"])[None]
         with torch.inference_mode():
-            got, bound = lance.seen_segment(clip, options["resolution"], lance_core.sequence.Role.QUESTION).data, 1e-5
+            got, bound = (
+                lance.seen_segment(clip, options["resolution"], Role.QUESTION).data,
+                1e-5,
+            )
         expected = question
     assert (got - expected).abs().max() > bound * expected.abs().max()

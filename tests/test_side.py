@@ -1,8 +1,10 @@
-"""The understanding expert beside the generation expert: whatever order two streams take, the result is the same.
+"""The understanding expert beside the generation expert: whatever order two streams take, the result is the
+same.
 
-On one device two streams may run in any order between the points where one waits for the other. A stand-in runs the second line's work
-as early as it may and as late as it may, and notes whose memory each line touches: where neither writes what the other touches, every
-order between these two gives the same.
+On one device two streams may run in any order between the points where one waits for the other. A stand-in
+runs the second line's work
+as early as it may and as late as it may, and notes whose memory each line touches: where neither writes what
+the other touches, every order between these two gives the same.
 """
 
 from __future__ import annotations
@@ -15,12 +17,15 @@ from torch.utils._pytree import tree_flatten
 
 import lance_core
 from lance_core import RequestError, __main__
-from lance_core.sequence import Kind, Role, Segment, Sequence
-from lance_core.side import Side
+from lance_core.model import dual_expert
+from lance_core.model.sequence import Kind, Role, Segment, Sequence
+from lance_core.model.side_stream import Side
 
 
 class Touched(TorchDispatchMode):
-    """Which memory operations read and write. Tensors are kept, so that no two of them can have the same memory one after the other."""
+    """Which memory operations read and write. Tensors are kept, so that no two of them can have the same
+    memory one after the other.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -29,7 +34,11 @@ class Touched(TorchDispatchMode):
         self.line: str | None = None
 
     def begin(self) -> None:
-        self.kept, self.lines, self.line = [], {line: {"read": set(), "written": set()} for line in ("main", "side")}, "main"
+        self.kept, self.lines, self.line = (
+            [],
+            {line: {"read": set(), "written": set()} for line in ("main", "side")},
+            "main",
+        )
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -54,7 +63,9 @@ class Touched(TorchDispatchMode):
         main, side = self.lines["main"], self.lines["side"]
         assert side["read"] and side["written"], "nothing ran beside"
         for one, other in ((main, side), (side, main)):
-            assert not one["written"] & (other["read"] | other["written"]), "one line writes what the other touches"
+            assert not one["written"] & (other["read"] | other["written"]), (
+                "one line writes what the other touches"
+            )
         self.line = None
 
 
@@ -85,7 +96,8 @@ class StandIn:
 def sequence_of(grid: tuple[int, int, int]) -> Sequence:
     noise = torch.randn(*grid, 48, generator=torch.Generator().manual_seed(1))
     texts = [
-        Segment(Kind.TEXT, role, ids=tuple(range(a, a + 9))) for role, a in ((Role.TEMPLATE, 5), (Role.CAPTION, 30), (Role.TEMPLATE, 50))
+        Segment(Kind.TEXT, role, ids=tuple(range(a, a + 9)))
+        for role, a in ((Role.TEMPLATE, 5), (Role.CAPTION, 30), (Role.TEMPLATE, 50))
     ]
     clean = Segment(Kind.CLEAN, Role.SOURCE, grid=grid, data=noise)
     return Sequence((texts[0], clean, *texts[1:]), Segment(Kind.TARGET, Role.TARGET, grid=grid), 0, 1, 2)
@@ -97,13 +109,13 @@ def sequence_of(grid: tuple[int, int, int]) -> Sequence:
 def test_any_order_gives_what_one_after_the_other_gives(golden, late, rows):
     lance = lance_core.load(golden / "checkpoint" / "Lance_3B", dtype=torch.float32)
     sequence = sequence_of((2, 3, 4))
-    plan = lance_core.model.Plan.of(sequence, 2.0, guided=True)
+    plan = dual_expert.Plan.of(sequence, 2.0, guided=True)
     x = torch.randn(rows, 2, 3, 4, 48, generator=torch.Generator().manual_seed(2))
     t = torch.full((rows, 2), 0.7)
 
     def velocity(model):
         prepared = model.prefill(sequence, plan)
-        return model.velocity([lance_core.model.Branch(prepared, i % 2) for i in range(rows)], x, t)
+        return model.velocity([dual_expert.Branch(prepared, i % 2) for i in range(rows)], x, t)
 
     plain = velocity(lance.experts())
     with Touched() as touched:
@@ -151,7 +163,9 @@ def test_two_real_streams_give_what_one_gives(golden):
     assert isinstance(lance_core.load(folder, device="cuda", overlap=True).side, Side)
     for batch in (1, 3):
         one, two = (
-            lance_core.load(folder, device="cuda", dtype=torch.float32, overlap=overlap).generate("t2i", "a fox", batch_size=batch, **size)
+            lance_core.load(folder, device="cuda", dtype=torch.float32, overlap=overlap).generate(
+                "t2i", "a fox", batch_size=batch, **size
+            )
             for overlap in (False, True)
         )
         torch.testing.assert_close(two.latent, one.latent, rtol=1e-5, atol=1e-5)

@@ -1,14 +1,17 @@
-"""What every golden case goes through on its way, held against the recording: ids, blocks, positions, noise, velocities."""
+"""What every golden case goes through on its way, held against the recording: ids, blocks, positions, noise,
+velocities.
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from lance_core import pipeline, rope
-from lance_core.model import latent_positions
-from lance_core.sampler import Guidance, schedule
-from lance_core.sequence import Kind, Role
+from lance_core import pipeline
+from lance_core.model import rope
+from lance_core.model.dual_expert import latent_positions
+from lance_core.model.sampler import Guidance, schedule
+from lance_core.model.sequence import Kind, Role
 
 MODES = {Kind.TEXT: "causal", Kind.SEEN: "full", Kind.CLEAN: "full_noise", Kind.TARGET: "noise"}
 MODALITIES = {Role.TEMPLATE: -1, Role.CAPTION: 0, Role.TARGET: 1, Role.SOURCE: 2, Role.SUBJECT: 3}
@@ -16,7 +19,11 @@ MODALITIES = {Role.TEMPLATE: -1, Role.CAPTION: 0, Role.TARGET: 1, Role.SOURCE: 2
 
 def natural(position: torch.Tensor, segment) -> torch.Tensor:
     """Positions [3, n] stored markers first, in reading order."""
-    return position if segment.kind is Kind.TEXT else torch.cat([position[:, :1], position[:, 2:], position[:, 1:2]], dim=1)
+    return (
+        position
+        if segment.kind is Kind.TEXT
+        else torch.cat([position[:, :1], position[:, 2:], position[:, 1:2]], dim=1)
+    )
 
 
 def close(got: torch.Tensor, expected: torch.Tensor) -> bool:
@@ -40,7 +47,11 @@ def test_blocks(drawn):
 
 
 def test_modalities(drawn):
-    ids = [4 if s.kind is Kind.SEEN else MODALITIES[s.role] for s in drawn.sequence.segments for _ in range(s.length)]
+    ids = [
+        4 if s.kind is Kind.SEEN else MODALITIES[s.role]
+        for s in drawn.sequence.segments
+        for _ in range(s.length)
+    ]
     assert [*ids, -1] == drawn.tensors["modality"].tolist()
 
 
@@ -64,7 +75,9 @@ def test_calls(drawn):
         for i, branch in enumerate(parts):
             if any(s is segment for s, _ in branch):
                 mode = "gen" if segment.kind in (Kind.CLEAN, Kind.TARGET) else "und"
-                seen.append({"tokens": segment.length, "mode": mode, "causal": segment.kind is Kind.TEXT, "kv": kv[i]})
+                seen.append(
+                    {"tokens": segment.length, "mode": mode, "causal": segment.kind is Kind.TEXT, "kv": kv[i]}
+                )
                 kv[i] += segment.length
     assert seen == drawn.case["calls"]
 
@@ -85,7 +98,13 @@ def test_passes(drawn):
 
 
 def test_context_positions(drawn):
-    ours, released = [], {i: drawn.tensors[f"prefill_{i}_position_ids"] for i in range(len(drawn.case["calls"]) - len(drawn.plan.rests))}
+    ours, released = (
+        [],
+        {
+            i: drawn.tensors[f"prefill_{i}_position_ids"]
+            for i in range(len(drawn.case["calls"]) - len(drawn.plan.rests))
+        },
+    )
     for segment, position in branches(drawn)[0]:
         for branch in branches(drawn):
             ours += [natural(p, s) for s, p in branch if s is segment]
@@ -108,7 +127,10 @@ def test_grids(drawn):
 
 
 def test_noise(drawn):
-    noise, before = drawn.tensors["noise"], sum(s.visual for s in drawn.sequence.context if s.kind is Kind.CLEAN)
+    noise, before = (
+        drawn.tensors["noise"],
+        sum(s.visual for s in drawn.sequence.context if s.kind is Kind.CLEAN),
+    )
     fixed = 0 if drawn.first_frame is None else drawn.first_frame[..., 0].numel()
     assert torch.equal(drawn.start.flatten(0, 3)[fixed:], noise[before + fixed :])
     assert torch.equal(pipeline.seeded_noise(drawn.case["seed"], (1, 1, len(noise))).flatten(0, 2), noise)
@@ -141,20 +163,26 @@ def test_question_ids(answered):
     assert answered.sequence.token_ids() == answered.tensors["token_ids"].tolist()[:begin]
     opening, seen, *rest = answered.sequence.segments
     lengths = answered.case["split_lens"]
-    assert [opening.length, seen.length] == lengths[:2] and sum(s.length for s in rest) == begin - sum(lengths[:2])
+    assert [opening.length, seen.length] == lengths[:2] and sum(s.length for s in rest) == begin - sum(
+        lengths[:2]
+    )
     assert [MODES[opening.kind], MODES[seen.kind], MODES[rest[0].kind]] == answered.case["attn_modes"]
 
 
 def test_question_sees(answered):
     seen = answered.sequence.segments[1]
     assert close(seen.data, answered.tensors["vit_embeds"])
-    assert [[seen.grid[0], 2 * seen.grid[1], 2 * seen.grid[2]]] == answered.tensors["vit_grid"].view(-1, 3).tolist()
+    assert [[seen.grid[0], 2 * seen.grid[1], 2 * seen.grid[2]]] == answered.tensors["vit_grid"].view(
+        -1, 3
+    ).tolist()
 
 
 def test_question_positions_have_no_offset(answered):
     laid = rope.positions(answered.sequence, 2)
     opening = answered.sequence.segments[0].length
-    assert laid[1][:, 0].tolist() == [opening] * 3  # the start marker goes on where the text ended, on every axis
+    assert (
+        laid[1][:, 0].tolist() == [opening] * 3
+    )  # the start marker goes on where the text ended, on every axis
     assert laid[2][:, 0].tolist() == [int(laid[1].max()) + 1] * 3
 
 

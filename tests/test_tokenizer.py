@@ -1,4 +1,6 @@
-"""Text to ids and back: from either form of the files, special tokens by name, a user's text never a control token."""
+"""Text to ids and back: from either form of the files, special tokens by name, a user's text never a control
+token.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +13,10 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lance_core import CheckpointError, prompts
-from lance_core.prompts import Tokenizer
-from lance_core.sequence import Kind, Role, Segment
+from lance_core import CheckpointError
+from lance_core.inputs import prompts
+from lance_core.inputs.tokenizer import SPECIALS, Tokenizer
+from lance_core.model.sequence import Kind, Role, Segment
 
 TEXTS = [
     "a red fox in the snow",
@@ -77,7 +80,12 @@ def test_ids_are_the_librarys(tokenizer, plain, text):
 
 
 def test_special_tokens_come_from_the_files_by_name(tokenizer, older, plain):
-    names = {"im_start": "<|im_start|>", "im_end": "<|im_end|>", "vision_start": "<|vision_start|>", "vision_end": "<|vision_end|>"}
+    names = {
+        "im_start": "<|im_start|>",
+        "im_end": "<|im_end|>",
+        "vision_start": "<|vision_start|>",
+        "vision_end": "<|vision_end|>",
+    }
     for attribute, name in (names | {"pad": "<|video_pad|>"}).items():
         assert getattr(tokenizer, attribute) == getattr(older, attribute) == plain.token_to_id(name)
 
@@ -97,14 +105,22 @@ def test_without_added_tokens_the_tokenizer_config_names_them(folder, tmp_path, 
     for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
         shutil.copy(folder / name, tmp_path)
     other = Tokenizer.from_folder(tmp_path)
-    assert (other.im_start, other.im_end, other.pad, len(other)) == (older.im_start, older.im_end, older.pad, len(older))
+    assert (other.im_start, other.im_end, other.pad, len(other)) == (
+        older.im_start,
+        older.im_end,
+        older.pad,
+        len(older),
+    )
 
 
 def test_length_is_the_ids_in_use(tokenizer, older):
     assert len(tokenizer) == len(older) == 398
 
 
-@pytest.mark.parametrize("name", ["<|im_end|>", "<|im_start|>", "<|vision_start|>", "<|video_pad|>", "<|endoftext|>", "<|image_pad|>"])
+@pytest.mark.parametrize(
+    "name",
+    ["<|im_end|>", "<|im_start|>", "<|vision_start|>", "<|video_pad|>", "<|endoftext|>", "<|image_pad|>"],
+)
 def test_typed_special_tokens_are_spelled_out(tokenizer, plain, name):
     assert len(plain.encode(name).ids) == 1  # what the library would do
     ids = tokenizer.encode(f"a{name}b")
@@ -123,7 +139,7 @@ def test_unfinished_characters_decode_to_the_replacement(tokenizer):
     assert len(ids) > 1 and tokenizer.decode(ids[:1]) == "\ufffd" and tokenizer.decode(ids) == "狐"
 
 
-@pytest.mark.parametrize("missing", prompts.SPECIALS)
+@pytest.mark.parametrize("missing", SPECIALS)
 def test_a_missing_special_token_is_named(folder, missing):
     definition = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     definition["added_tokens"] = [t for t in definition["added_tokens"] if t["content"] != missing]
@@ -133,7 +149,8 @@ def test_a_missing_special_token_is_named(folder, missing):
 
 
 @pytest.mark.parametrize(
-    "content", ["{}", '{"model": 3}', "[]", "{", '{"added_tokens": [3], "model": {}}', '{"added_tokens": 7}', "\udcff"]
+    "content",
+    ["{}", '{"model": 3}', "[]", "{", '{"added_tokens": [3], "model": {}}', '{"added_tokens": 7}', "\udcff"],
 )
 def test_a_damaged_tokenizer_file(tmp_path, content):
     (tmp_path / "tokenizer.json").write_text(content, errors="surrogateescape")
@@ -168,7 +185,10 @@ def test_pieces_are_tokenised_on_their_own(tokenizer):
 
 def test_templates(tokenizer):
     visual = Segment(Kind.SEEN, Role.SOURCE, grid=(1, 1, 2))
-    start = "<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\n<|vision_start|><|video_pad|><|video_pad|><|vision_end|>"
+    start = (
+        "<|im_start|>system\nbe "
+        "brief<|im_end|>\n<|im_start|>user\n<|vision_start|><|video_pad|><|video_pad|><|vision_end|>"
+    )
     end = "why?<|im_end|>\n<|im_start|>assistant\n"
     drawn = prompts.generation(tokenizer, "be brief", [visual], "why?", (1, 1, 1))
     assert tokenizer.decode(drawn.token_ids()) == f"{start}{end}<|vision_start|><|video_pad|><|vision_end|>"

@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file
 from torch.profiler import ProfilerActivity, profile
 
-from lance_core import vae as vae_module
 from lance_core.config import RELEASED_VAE, VAEConfig, vae_config
 from lance_core.errors import CheckpointError, RequestError
-from lance_core.media import load_image, read_clip
-from lance_core.preprocess import vae_frames
-from lance_core.vae import WanVAE, _spans, denormalize_latent, normalize_latent
+from lance_core.inputs.media import load_image, read_clip
+from lance_core.inputs.preprocess import vae_frames
+from lance_core.vae import wan as vae_module
+from lance_core.vae.wan import WanVAE, _spans, denormalize_latent, normalize_latent
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = {p.stem: p for p in sorted((GOLDEN / "cases").glob("*.safetensors")) if not p.stem.startswith("x2t")}
@@ -45,7 +45,9 @@ def smooth(frames: int, height: int, width: int) -> torch.Tensor:
     """A slowly varying video [1, 3, frames, height, width] in -1..1."""
     t = torch.linspace(0, 1, frames)[:, None, None]
     y, x = torch.linspace(0, 1, height)[:, None], torch.linspace(0, 1, width)
-    return 0.7 * torch.stack([torch.sin(3 * (x + y) + t), torch.cos(2 * x - y + t), x * y - 0.5 + 0 * t])[None]
+    return (
+        0.7 * torch.stack([torch.sin(3 * (x + y) + t), torch.cos(2 * x - y + t), x * y - 0.5 + 0 * t])[None]
+    )
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -63,7 +65,10 @@ def vae() -> WanVAE:
 # Golden cases
 
 
-@pytest.mark.parametrize("name", CASES)
+WITH_PIXELS = [name for name in CASES if name not in ("t2i_21x9", "video_crop")]
+
+
+@pytest.mark.parametrize("name", WITH_PIXELS)
 def test_decode_equals_golden(vae, name):
     case = load_file(CASES[name])
     latent = denormalize_latent(case["latent"], dim=-1)
@@ -82,7 +87,9 @@ def first_reference(name: str) -> np.ndarray:
     return vae_frames(frames, entry["resolution"])
 
 
-@pytest.mark.parametrize("name", ["i2v", "image_edit", "image_edit_channel_renorm", "subject_image", "subject_video", "video_edit"])
+@pytest.mark.parametrize(
+    "name", ["i2v", "image_edit", "image_edit_channel_renorm", "subject_image", "subject_video", "video_edit"]
+)
 def test_encode_equals_golden(vae, name):
     case = load_file(CASES[name])
     expected = case["condition_latent_0"]
@@ -153,7 +160,11 @@ def test_pixels_are_clamped(vae):
 def peak_bytes(work) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         work()
-    events = [(e.start_ns(), e.nbytes()) for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events = [
+        (e.start_ns(), e.nbytes())
+        for e in recorded.profiler.kineto_results.events()
+        if e.name() == "[memory]"
+    ]
     return int(np.cumsum([size for _, size in sorted(events, key=lambda event: event[0])]).max())
 
 
@@ -173,7 +184,9 @@ def test_memory_estimates_hold(dtype, frames, tile):
         (model.encode, pixels, model.memory_estimate_encode(pixels.shape, dtype, tile)),
     ):
         measured = peak_bytes(lambda work=work, x=x: work(x, tile=tile))
-        assert measured <= estimate <= 2.5 * measured, f"{work.__name__}: measured {measured}, estimated {estimate}"
+        assert measured <= estimate <= 2.5 * measured, (
+            f"{work.__name__}: measured {measured}, estimated {estimate}"
+        )
 
 
 def test_longer_video_costs_only_its_result():
@@ -189,7 +202,9 @@ def test_longer_video_costs_only_its_result():
 
 def test_progress_counts_every_step(vae):
     seen, checks = [], []
-    vae.encode(noise(1, 3, 9, 32, 32), progress=lambda *at: seen.append(at), check=lambda: checks.append(len(seen)))
+    vae.encode(
+        noise(1, 3, 9, 32, 32), progress=lambda *at: seen.append(at), check=lambda: checks.append(len(seen))
+    )
     assert seen == [(1, 3), (2, 3), (3, 3)]
     assert checks == [0, 1, 2]
     seen.clear()
@@ -309,7 +324,8 @@ def test_tiles_cover_and_weights_sum_to_one():
 
 
 @pytest.mark.parametrize(
-    "config", [SMALL, VAEConfig((8, 8), (8, 8), 2, 0, (True,)), VAEConfig((4, 8, 8), (4, 8, 16), 3, 2, (False, False))]
+    "config",
+    [SMALL, VAEConfig((8, 8), (8, 8), 2, 0, (True,)), VAEConfig((4, 8, 8), (4, 8, 16), 3, 2, (False, False))],
 )
 def test_other_sizes(config):
     model = filled(config)
@@ -327,8 +343,12 @@ def test_released_layout():
         model = WanVAE(RELEASED_VAE)
     state = shapes_of(model.state_dict())
     assert vae_config(state, "released") == RELEASED_VAE
-    assert set(state) == set(torch.load(WEIGHTS, weights_only=True))  # the tiny checkpoint has the released names
-    assert sum(p.numel() for p in model.parameters()) == pytest.approx(2.82e9 / 4, rel=0.01)  # MODEL.md: 2.82 GB in float32
+    assert set(state) == set(
+        torch.load(WEIGHTS, weights_only=True)
+    )  # the tiny checkpoint has the released names
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(
+        2.82e9 / 4, rel=0.01
+    )  # MODEL.md: 2.82 GB in float32
 
 
 def test_layers_come_from_ops():
@@ -367,7 +387,15 @@ def test_half_precision_is_near(vae, dtype, bound):
 
 
 @pytest.mark.parametrize(
-    "shape", [(1, 3, 2, 32, 32), (1, 3, 1, 32, 40), (1, 3, 1, 24, 32), (3, 1, 32, 32), (1, 4, 1, 32, 32), (1, 3, 0, 32, 32)]
+    "shape",
+    [
+        (1, 3, 2, 32, 32),
+        (1, 3, 1, 32, 40),
+        (1, 3, 1, 24, 32),
+        (3, 1, 32, 32),
+        (1, 4, 1, 32, 32),
+        (1, 3, 0, 32, 32),
+    ],
 )
 def test_bad_pixels_are_refused(vae, shape):
     with pytest.raises(RequestError, match=r"got .*\[.*expected .*16"):

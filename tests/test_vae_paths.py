@@ -1,4 +1,6 @@
-"""Every shortcut of the VAE against the plain way, forced: layouts, folded kernels, lone frames, norms in slices, shortcuts in place."""
+"""Every shortcut of the VAE against the plain way, forced: layouts, folded kernels, lone frames, norms in
+slices, shortcuts in place.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +11,19 @@ from einops import rearrange, reduce
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from lance_core import vae_blocks
 from lance_core.config import VAEConfig
-from lance_core.ops import TorchOps
-from lance_core.vae import WanVAE
-from lance_core.vae_blocks import ChannelNorm, ResidualBlock, Stream, add_averaged, add_duplicated, causal_conv, doubling_conv
+from lance_core.model.ops import TorchOps
+from lance_core.vae import layers
+from lance_core.vae.layers import (
+    ChannelNorm,
+    ResidualBlock,
+    Stream,
+    add_averaged,
+    add_duplicated,
+    causal_conv,
+    doubling_conv,
+)
+from lance_core.vae.wan import WanVAE
 
 CONFIG = VAEConfig((8, 16, 16), (12, 24, 24), 1, 1, (False, True))
 ALWAYS, NEVER = 0, 1 << 40  # points
@@ -53,16 +63,18 @@ def model() -> WanVAE:
 
 def force(monkeypatch, few: int = NEVER, fold: int = NEVER, slices: int = 1 << 19) -> None:
     """The plain ways, but for what is given."""
-    monkeypatch.setattr(vae_blocks, "FEW_POINTS", few)
-    monkeypatch.setattr(vae_blocks, "FOLD_FROM", fold)
-    monkeypatch.setattr(vae_blocks, "NORM_SLICE", slices)
+    monkeypatch.setattr(layers, "FEW_POINTS", few)
+    monkeypatch.setattr(layers, "FOLD_FROM", fold)
+    monkeypatch.setattr(layers, "NORM_SLICE", slices)
 
 
 # Whole passes
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("ways", [{"few": ALWAYS}, {"fold": ALWAYS}, {"few": ALWAYS, "fold": ALWAYS, "slices": 100}], ids=str)
+@pytest.mark.parametrize(
+    "ways", [{"few": ALWAYS}, {"fold": ALWAYS}, {"few": ALWAYS, "fold": ALWAYS, "slices": 100}], ids=str
+)
 def test_passes_equal_the_plain_way(model, monkeypatch, size, ways):
     frames, h, w = size
     latent = noise(2, 48, *size)
@@ -91,10 +103,15 @@ def test_bfloat16_drifts_no_further_than_the_plain_way(model, monkeypatch, size)
         assert 1e-4 < got < 1.15 * allowed
 
 
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="other CPU convolutions know one layout only")
+@pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(), reason="other CPU convolutions know one layout only"
+)
 @pytest.mark.parametrize(
     ("config", "batch", "size"),
-    [(CONFIG, 2, (3, 5, 6)), (VAEConfig((64, 64), (64, 64), 1, 1, (True,)), 1, (1, 18, 18))],  # smaller ones oneDNN leaves to others
+    [
+        (CONFIG, 2, (3, 5, 6)),
+        (VAEConfig((64, 64), (64, 64), 1, 1, (True,)), 1, (1, 18, 18)),
+    ],  # smaller ones oneDNN leaves to others
     ids=["chunks", "picture"],
 )
 def test_activations_keep_their_layout(config, batch, size, monkeypatch):
@@ -178,7 +195,7 @@ def plain_block(block: ResidualBlock, x: torch.Tensor) -> torch.Tensor:
 
 
 def causal_ops():
-    return vae_blocks._causal(TorchOps)
+    return layers._causal(TorchOps)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -231,8 +248,17 @@ def test_doubling_equals_enlarging(size, bias, few, monkeypatch):
 
 
 def test_doubling_in_half_precision():
-    x, weight, bias = noise(2, 64, 9, 7).bfloat16(), (noise(32, 64, 3, 3, seed=1) / 24).bfloat16(), noise(32, seed=2).bfloat16()
-    exact = F.conv2d(F.interpolate(x.float(), scale_factor=2, mode="nearest-exact"), weight.float(), bias.float(), padding=1)
+    x, weight, bias = (
+        noise(2, 64, 9, 7).bfloat16(),
+        (noise(32, 64, 3, 3, seed=1) / 24).bfloat16(),
+        noise(32, seed=2).bfloat16(),
+    )
+    exact = F.conv2d(
+        F.interpolate(x.float(), scale_factor=2, mode="nearest-exact"),
+        weight.float(),
+        bias.float(),
+        padding=1,
+    )
     plain = F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest-exact"), weight, bias, padding=1)
     assert 1e-4 < drift(doubling_conv(x, weight, bias), exact) < 1.5 * drift(plain, exact)
 

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from lance_core import preprocess as pre
 from lance_core.config import RELEASED_VIT, ViTConfig, vit_config
 from lance_core.errors import CheckpointError, MediaError
-from lance_core.media import load_image, read_clip
-from lance_core.ops import attention
-from lance_core.vit import VisionTower, window_classes
+from lance_core.inputs import preprocess as pre
+from lance_core.inputs.media import load_image, read_clip
+from lance_core.model.attention import attention
+from lance_core.model.vit import VisionTower, window_classes
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = GOLDEN / "cases"
@@ -54,7 +54,11 @@ def naive(tower: VisionTower, patches: torch.Tensor, grids) -> torch.Tensor:
         for frame in range(t):
             for group_row in range(h // merge):
                 for group_col in range(w // merge):
-                    where += [(g, frame, group_row * merge + r, group_col * merge + c) for r in range(merge) for c in range(merge)]
+                    where += [
+                        (g, frame, group_row * merge + r, group_col * merge + c)
+                        for r in range(merge)
+                        for c in range(merge)
+                    ]
     at = torch.tensor(where)
     frames = (at[:, None, :2] == at[None, :, :2]).all(-1)
     windows = frames & (at[:, None, 2:] // window == at[None, :, 2:] // window).all(-1)
@@ -67,7 +71,9 @@ def naive(tower: VisionTower, patches: torch.Tensor, grids) -> torch.Tensor:
 
     head = config.hidden_size // config.num_heads
     frequencies = torch.tensor([1 / 10000.0 ** (4 * i / head) for i in range(head // 4)]).bfloat16()
-    half = torch.cat([at[:, 2:3].bfloat16() * frequencies, at[:, 3:4].bfloat16() * frequencies], 1).double()  # as trained
+    half = torch.cat(
+        [at[:, 2:3].bfloat16() * frequencies, at[:, 3:4].bfloat16() * frequencies], 1
+    ).double()  # as trained
 
     def rope(x):  # [n, heads, head] as complex numbers
         turned = torch.complex(*x.chunk(2, -1)) * torch.polar(torch.ones_like(half), half)[:, None]
@@ -112,7 +118,8 @@ def test_golden_embeddings(case, golden_tower):
     (name,) = [m for m in MANIFEST[case]["request"]["interleave_array"] if isinstance(m, str)]
     frames = read_clip(CASES / name)[0] if name.endswith(".mp4") else load_image(CASES / name)[None]
     patches, grid = pre.vit_patches(frames, MANIFEST[case]["resolution"], golden_tower.config)
-    # Not the 5e-5 of everything else: with unrounded products of places and frequencies the tower would pass that.
+    # Not the 5e-5 of everything else: with unrounded products of places and frequencies the tower would pass
+    # that.
     assert_near(golden_tower(patches, [grid]), golden["vit_embeds"], 1e-5)
 
 
@@ -120,7 +127,9 @@ def test_golden_cases_are_there():
     assert len(UNDERSTANDING) == 4
 
 
-@pytest.mark.parametrize("grid", [(1, 2, 2), (1, 8, 8), (2, 10, 14), (3, 6, 18), (1, 16, 24), (2, 2, 26), (1, 22, 4)])
+@pytest.mark.parametrize(
+    "grid", [(1, 2, 2), (1, 8, 8), (2, 10, 14), (3, 6, 18), (1, 16, 24), (2, 2, 26), (1, 22, 4)]
+)
 @torch.inference_mode()
 def test_windows_equal_masks(grid):
     tower, patches = tower_of(SMALL), patches_of(SMALL, [grid])
@@ -148,7 +157,13 @@ def test_windows_equal_masks(grid):
 @torch.inference_mode()
 def test_other_configurations(change):
     config = dataclasses.replace(SMALL, **change)
-    side = config.window_size // config.patch_size // config.spatial_merge_size * config.patch_size * config.spatial_merge_size
+    side = (
+        config.window_size
+        // config.patch_size
+        // config.spatial_merge_size
+        * config.patch_size
+        * config.spatial_merge_size
+    )
     merge = config.spatial_merge_size
     grid = (2, 7 * merge, 5 * merge)
     tower, patches = tower_of(config), patches_of(config, [grid])
@@ -206,7 +221,7 @@ def test_rotating_in_pieces_changes_nothing(piece, monkeypatch):
     tower, grid = tower_of(SMALL), (3, 10, 14)
     patches = patches_of(SMALL, [grid])
     whole = tower(patches, [grid])
-    monkeypatch.setattr("lance_core.vit.PIECE", piece)
+    monkeypatch.setattr("lance_core.model.vit.PIECE", piece)
     assert torch.equal(tower(patches, [grid]), whole)
 
 
@@ -247,7 +262,9 @@ def test_windows_cover_every_group_once():
 @torch.inference_mode()
 def test_progress_counts_blocks_and_may_stop():
     tower, seen = tower_of(SMALL), []
-    tower(patches_of(SMALL, [(1, 2, 2)]), [(1, 2, 2)], progress=lambda done, total: seen.append((done, total)))
+    tower(
+        patches_of(SMALL, [(1, 2, 2)]), [(1, 2, 2)], progress=lambda done, total: seen.append((done, total))
+    )
     assert seen == [(1, 3), (2, 3), (3, 3)]
 
     def stop(done, total):
@@ -259,7 +276,9 @@ def test_progress_counts_blocks_and_may_stop():
 
 def test_released_sizes():
     tower = VisionTower(RELEASED_VIT, device="meta", dtype=torch.bfloat16)
-    assert sum(p.numel() for p in tower.parameters()) == pytest.approx(1.34e9 / 2, rel=0.01)  # the file is 1.34 GB of 2-byte numbers
+    assert sum(p.numel() for p in tower.parameters()) == pytest.approx(
+        1.34e9 / 2, rel=0.01
+    )  # the file is 1.34 GB of 2-byte numbers
     assert [i for i, block in enumerate(tower.blocks) if block.full] == [7, 15, 23, 31]
     assert tower.patch_embed.proj.weight.shape == (1280, 3, 2, 14, 14)
 
@@ -280,7 +299,10 @@ def test_misfits_are_refused(shape, grids, says):
         tower_of(SMALL)(torch.zeros(shape), grids)
 
 
-@pytest.mark.parametrize(("change", "says"), [({"num_heads": 16}, "multiple of 4"), ({"window_size": 3}, "smaller than a merged patch")])
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [({"num_heads": 16}, "multiple of 4"), ({"window_size": 3}, "smaller than a merged patch")],
+)
 def test_impossible_configurations(change, says):
     with pytest.raises(CheckpointError, match=says):
         VisionTower(dataclasses.replace(SMALL, **change), device="meta")

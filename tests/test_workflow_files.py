@@ -1,4 +1,6 @@
-"""workflows/: generated, complete, and free of what belongs to one machine. Opened and run in tests/host/test_workflows.py."""
+"""workflows/: generated, complete, and free of what belongs to one machine. Opened and run in
+tests/host/test_workflows.py.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ def api(name: str) -> dict:
 
 
 def run_script(root: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(root / "scripts" / "workflows.py"), "check"], capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, str(root / "scripts" / "workflows.py"), "check"], capture_output=True, text=True
+    )
 
 
 def test_every_task_has_one():
@@ -66,7 +70,9 @@ def test_an_edit_by_hand_is_noticed(tmp_path):
     (tmp_path / "workflows" / "stray.json").write_text("{}")
     done = run_script(tmp_path)
     assert done.returncode == 1
-    assert [name in done.stderr for name in ("lance_image_edit.json", "lance_text_to_image.json", "stray.json")] == [True] * 3
+    assert [
+        name in done.stderr for name in ("lance_image_edit.json", "lance_text_to_image.json", "stray.json")
+    ] == [True] * 3
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -88,7 +94,11 @@ def test_no_other_thumbnails():
 @pytest.mark.parametrize("name", NAMES)
 def test_note_says_where_the_models_go(name):
     (text,) = [node["widgets_values"][0] for node in ui(name)["nodes"] if node["type"] == "MarkdownNote"]
-    for part in (f"models/lance/{TASKS[name]}/", "models/lance/Qwen2.5-VL-ViT", "models/lance/Wan2.2_VAE.pth"):
+    for part in (
+        f"models/lance/{TASKS[name]}/",
+        "models/lance/Qwen2.5-VL-ViT",
+        "models/lance/Wan2.2_VAE.pth",
+    ):
         assert f"`{part}" in text
     assert "https://huggingface.co/bytedance-research/Lance" in text
     (loader,) = [node for node in api(name).values() if node["class_type"] == "LanceLoader"]
@@ -114,7 +124,9 @@ def test_released_settings(name):
         if "shift" in inputs:
             assert inputs["shift"] == 3.5
         if "frames" in inputs:
-            assert (inputs["size"], inputs["frames"]) == (("video_480p", 49) if TASKS[name].endswith("Video") else ("image_768res", 1))
+            assert (inputs["size"], inputs["frames"]) == (
+                ("video_480p", 49) if TASKS[name].endswith("Video") else ("image_768res", 1)
+            )
         if inputs.get("aspect") and TASKS[name].endswith("Video"):
             assert inputs["aspect"] == "16:9"  # 848 x 480
 
@@ -130,7 +142,12 @@ def test_links_are_sound(name):
         assert nodes[target]["inputs"][slot]["link"] == number
         assert nodes[target]["inputs"][slot]["type"] in (kind, "*")
         found.add((str(target), nodes[target]["inputs"][slot]["name"], str(origin), output))
-    wanted = {(key, name, *value) for key, node in api(name).items() for name, value in node["inputs"].items() if isinstance(value, list)}
+    wanted = {
+        (key, name, *value)
+        for key, node in api(name).items()
+        for name, value in node["inputs"].items()
+        if isinstance(value, list)
+    }
     assert found == wanted
 
 
@@ -138,7 +155,12 @@ def test_links_are_sound(name):
 def test_left_to_right_without_overlap(name):
     graph = ui(name)
     boxes = {
-        node["id"]: (node["pos"][0], node["pos"][1] - 30, node["pos"][0] + node["size"][0], node["pos"][1] + node["size"][1])
+        node["id"]: (
+            node["pos"][0],
+            node["pos"][1] - 30,
+            node["pos"][0] + node["size"][0],
+            node["pos"][1] + node["size"][1],
+        )
         for node in graph["nodes"]
     }
     ids = sorted(boxes)
@@ -149,14 +171,21 @@ def test_left_to_right_without_overlap(name):
     for _, origin, _, target, _, _ in graph["links"]:
         assert boxes[origin][0] <= boxes[target][0], f"the link from {origin} to {target} runs to the left"
     for left, top, right, bottom in boxes.values():
-        inside = [x <= left and y <= top and right <= x + w and bottom <= y + h for x, y, w, h in (g["bounding"] for g in graph["groups"])]
+        inside = [
+            x <= left and y <= top and right <= x + w and bottom <= y + h
+            for x, y, w, h in (g["bounding"] for g in graph["groups"])
+        ]
         assert sum(inside) == 1
 
 
 def test_three_turns_on_one_subject():
     """Each turn's encode sees the picture the turn before decoded."""
     graph = api("lance_multi_turn_edit")
-    sources = [graph[node["inputs"]["image"][0]]["class_type"] for node in graph.values() if node["class_type"] == "LanceVisionEncode"]
+    sources = [
+        graph[node["inputs"]["image"][0]]["class_type"]
+        for node in graph.values()
+        if node["class_type"] == "LanceVisionEncode"
+    ]
     assert sources == ["LoadImage", "LanceVAEDecode", "LanceVAEDecode"]
 
 

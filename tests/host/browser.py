@@ -14,11 +14,17 @@ from playwright.sync_api import TimeoutError as PlaywrightTimeout
 from playwright.sync_api import sync_playwright
 
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-FLAGS = ("--no-sandbox", "--disable-background-networking", "--disable-component-update", "--disable-gpu", "--disable-dev-shm-usage")
+FLAGS = (
+    "--no-sandbox",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-gpu",
+    "--disable-dev-shm-usage",
+)
 
-# Said on pages of a stock ComfyUI: optional files and (new frontend, old core) routes that are not there, outside hosts that are
-# blocked, and one slip each of the frontends of 0.3.64 and of 1.58 on their first page. Nothing that names a pack's file is ever taken
-# for noise.
+# Said on pages of a stock ComfyUI: optional files and (new frontend, old core) routes that are not there,
+# outside hosts that are blocked, and one slip each of the frontends of 0.3.64 and of 1.58 on their first
+# page. Nothing that names a pack's file is ever taken for noise.
 NOISE = (
     "Failed to load resource",
     "JobsApiError",
@@ -29,17 +35,21 @@ NOISE = (
 )
 
 _READY = "() => window.app?.graph && Object.keys(window.LiteGraph?.registered_node_types ?? {}).length > 50"
-# `comfyAPI` is the frontend's own door for extensions; its api object is an EventTarget of what the server says.
+# `comfyAPI` is the frontend's own door for extensions; its api object is an EventTarget of what the server
+# says.
 _LISTEN = """() => {
   window.__said = [];
   const api = window.comfyAPI.api.api;
   for (const type of ['execution_success', 'execution_error', 'execution_interrupted', 'progress_text', 'executed'])
     api.addEventListener(type, event => window.__said.push({type, detail: event.detail}));
 }"""
-# `wanted`: older frontends leave unknown nodes out when they convert an API workflow, so the graph alone does not tell.
+# `wanted`: older frontends leave unknown nodes out when they convert an API workflow, so the graph alone does
+# not tell.
 _MISSING = """wanted => [...new Set([...wanted, ...(app.graph.nodes ?? app.graph._nodes).map(node => node.type)])]
   .filter(type => !LiteGraph.registered_node_types[type])"""
-_HAVING_ERRORS = "() => (app.graph.nodes ?? app.graph._nodes).filter(node => node.has_errors).map(node => node.type)"
+_HAVING_ERRORS = (
+    "() => (app.graph.nodes ?? app.graph._nodes).filter(node => node.has_errors).map(node => node.type)"
+)
 _WIDGETS = """() => Object.fromEntries((app.graph.nodes ?? app.graph._nodes).map(node =>
   [node.id, Object.fromEntries((node.widgets ?? []).map(widget => [widget.name, widget.value ?? null]))]))"""
 
@@ -65,10 +75,14 @@ class Browser:
             self._playwright.stop()
             raise NoBrowserError(f"no browser: {str(error).strip().splitlines()[0]}") from error
 
-    def open(self, server: Any, *, locale: str = "en-US", size: tuple[int, int] = (1600, 1000), timeout: float = 90) -> ComfyPage:
+    def open(
+        self, server: Any, *, locale: str = "en-US", size: tuple[int, int] = (1600, 1000), timeout: float = 90
+    ) -> ComfyPage:
         """A page in a profile of its own, with ComfyUI of `server` (anything with .url) ready for use."""
         context = self._browser.new_context(locale=locale, viewport={"width": size[0], "height": size[1]})
-        context.route("**/*", lambda route: route.continue_() if _is_local(route.request.url) else route.abort())
+        context.route(
+            "**/*", lambda route: route.continue_() if _is_local(route.request.url) else route.abort()
+        )
         page = ComfyPage(context.new_page(), server.url)
         page.load(timeout)
         return page
@@ -88,7 +102,9 @@ class ComfyPage:
         self._api_types: list[str] = []
         page.on("pageerror", lambda error: self._complaints.append(f"uncaught: {error} {error.stack or ''}"))
         page.on("console", self._note)
-        page.on("dialog", lambda dialog: self._complaints.append(f"dialog: {dialog.message}") or dialog.dismiss())
+        page.on(
+            "dialog", lambda dialog: self._complaints.append(f"dialog: {dialog.message}") or dialog.dismiss()
+        )
 
     def __enter__(self) -> ComfyPage:
         return self
@@ -111,7 +127,11 @@ class ComfyPage:
     @property
     def complaints(self) -> list[str]:
         """Errors the page reported, without what a stock ComfyUI always says."""
-        return [line for line in self._complaints if _names_a_pack(line) or not any(noise in line for noise in NOISE)]
+        return [
+            line
+            for line in self._complaints
+            if _names_a_pack(line) or not any(noise in line for noise in NOISE)
+        ]
 
     def _note(self, said: Any) -> None:
         if said.type == "error":
@@ -126,7 +146,9 @@ class ComfyPage:
         content = json.loads(graph.read_text(encoding="utf-8")) if isinstance(graph, Path) else graph
         self._api_types = [] if "nodes" in content else [node["class_type"] for node in content.values()]
         if "nodes" in content:
-            self.page.evaluate("([graph, name]) => app.loadGraphData(graph, true, true, name)", [content, name])
+            self.page.evaluate(
+                "([graph, name]) => app.loadGraphData(graph, true, true, name)", [content, name]
+            )
         else:
             self.page.evaluate("([graph, name]) => app.loadApiJson(graph, name)", [content, name])
         self.page.wait_for_timeout(300)
@@ -141,7 +163,9 @@ class ComfyPage:
             }""",
             [list(path.read_bytes()), path.name, mime],
         )
-        self.page.dispatch_event("#graph-canvas", "drop", {"dataTransfer": transfer, "clientX": 400, "clientY": 400})
+        self.page.dispatch_event(
+            "#graph-canvas", "drop", {"dataTransfer": transfer, "clientX": 400, "clientY": 400}
+        )
         self.page.wait_for_timeout(1000)
 
     def missing_nodes(self) -> list[str]:
@@ -190,17 +214,24 @@ class ComfyPage:
         (inner if inner.count() else button).click(timeout=15_000)
 
     def run(self, timeout: float = 120) -> list[dict[str, Any]]:
-        """Press Run and wait for the end. Returns what the page was told; raises ExecutionError (also for a rejected workflow)."""
+        """Press Run and wait for the end. Returns what the page was told; raises ExecutionError (also for a
+        rejected workflow).
+        """
         self.press_run()
         return self.wait_for_end(timeout)
 
     def wait_for_end(self, timeout: float = 120) -> list[dict[str, Any]]:
         """Until the run that was started succeeds."""
-        ended = "() => window.__said.find(said => said.type.startsWith('execution_')) || Object.keys(app.lastNodeErrors ?? {}).length"
+        ended = (
+            "() => window.__said.find(said => said.type.startsWith('execution_')) || "
+            "Object.keys(app.lastNodeErrors ?? {}).length"
+        )
         try:
             self.page.wait_for_function(ended, timeout=timeout * 1000)
         except PlaywrightTimeout as error:
-            raise ExecutionError(f"no end of the run within {timeout} s; the page says {self.complaints}") from error
+            raise ExecutionError(
+                f"no end of the run within {timeout} s; the page says {self.complaints}"
+            ) from error
         self.page.wait_for_timeout(200)
         said = self.said()
         if not any(message["type"] == "execution_success" for message in said):
@@ -210,11 +241,18 @@ class ComfyPage:
 
     def said(self, kind: str | None = None) -> list[dict[str, Any]]:
         """What the server told the page since Run was pressed: {"type", "detail"}."""
-        return [message for message in self.page.evaluate("() => window.__said") if kind in (None, message["type"])]
+        return [
+            message
+            for message in self.page.evaluate("() => window.__said")
+            if kind in (None, message["type"])
+        ]
 
     def screenshot(self, path: Path) -> Path:
         """Take a picture of the page, the whole graph in view."""
-        self.page.evaluate("async () => { try { await app.extensionManager.command.execute('Comfy.Canvas.FitView') } catch {} }")
+        self.page.evaluate(
+            "async () => { try { await app.extensionManager.command.execute('Comfy.Canvas.FitView') } catch "
+            "{} }"
+        )
         self.page.wait_for_timeout(700)
         self.page.screenshot(path=str(path))
         return path

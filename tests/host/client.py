@@ -1,4 +1,5 @@
-"""A plain client of ComfyUI's HTTP and websocket interface: queue an API-format workflow, see everything the server says, get the results.
+"""A plain client of ComfyUI's HTTP and websocket interface: queue an API-format workflow, see everything the
+server says, get the results.
 
 Single-threaded: messages are read while something is waited for, and kept in order.
 """
@@ -30,9 +31,16 @@ class PromptRejectedError(RuntimeError):
     def __init__(self, reply: dict[str, Any]) -> None:
         self.node_errors: dict[str, Any] = reply.get("node_errors") or {}
         error = reply.get("error") or {}
-        lines = [f"{error.get('message', '')}: {error.get('details', '')}" if isinstance(error, dict) else str(error)]
+        lines = [
+            f"{error.get('message', '')}: {error.get('details', '')}"
+            if isinstance(error, dict)
+            else str(error)
+        ]
         for node, account in self.node_errors.items():
-            lines += [f"node {node} ({account.get('class_type')}): {e['message']}: {e['details']}" for e in account.get("errors", [])]
+            lines += [
+                f"node {node} ({account.get('class_type')}): {e['message']}: {e['details']}"
+                for e in account.get("errors", [])
+            ]
         super().__init__("\n".join(lines))
 
 
@@ -45,7 +53,9 @@ class ExecutionFailedError(RuntimeError):
         self.type = str(data.get("exception_type"))
         self.message = str(data.get("exception_message")).strip()
         trace = "".join(data.get("traceback") or [])
-        super().__init__(f"node {self.node_id} ({data.get('node_type')}): {self.type}: {self.message}\n{trace}")
+        super().__init__(
+            f"node {self.node_id} ({data.get('node_type')}): {self.type}: {self.message}\n{trace}"
+        )
 
 
 class InterruptedRunError(RuntimeError):
@@ -77,9 +87,13 @@ class Run:
 
     @property
     def messages(self) -> list[Message]:
-        """Messages of this run. Those that name no prompt (old previews, progress texts) count when they came during it."""
+        """Messages of this run. Those that name no prompt (old previews, progress texts) count when they came
+        during it.
+        """
         said = self.client.messages[self._first :]
-        return [message for message in said if message.data.get("prompt_id", self.prompt_id) == self.prompt_id]
+        return [
+            message for message in said if message.data.get("prompt_id", self.prompt_id) == self.prompt_id
+        ]
 
     def of(self, kind: str, node: str | None = None) -> list[dict[str, Any]]:
         """The data of all messages of a type, of one node if given."""
@@ -123,10 +137,18 @@ class Run:
     def files(self, node: str | None = None) -> list[dict[str, str]]:
         """Files among the outputs, each {"filename", "subfolder", "type"}."""
         shown = [ui for key, ui in self.outputs.items() if node in (None, key)]
-        return [item for ui in shown for items in ui.values() for item in items if isinstance(item, dict) and "filename" in item]
+        return [
+            item
+            for ui in shown
+            for items in ui.values()
+            for item in items
+            if isinstance(item, dict) and "filename" in item
+        ]
 
     def wait_for(self, wanted: Callable[[Message], bool] | str, timeout: float = 120) -> Message:
-        """Until a message of this run is of a type or satisfies a predicate. An end by error raises as `wait` does."""
+        """Until a message of this run is of a type or satisfies a predicate. An end by error raises as `wait`
+        does.
+        """
         matches = wanted if callable(wanted) else lambda message: message.type == wanted
         deadline = time.monotonic() + timeout
         while True:
@@ -153,7 +175,9 @@ class Run:
             if message.type == "execution_error":
                 raise ExecutionFailedError(message.data)
             if message.type == "execution_interrupted":
-                raise InterruptedRunError(f"run {self.prompt_id} was interrupted at node {message.data.get('node_id')}")
+                raise InterruptedRunError(
+                    f"run {self.prompt_id} was interrupted at node {message.data.get('node_id')}"
+                )
 
 
 class Client:
@@ -171,7 +195,9 @@ class Client:
         address = f"{url.replace('http', 'ws', 1)}/ws?clientId={self.id}"
         self._socket = websocket.create_connection(address, timeout=30, suppress_origin=True)
         if preview_metadata:
-            self._socket.send(json.dumps({"type": "feature_flags", "data": {"supports_preview_metadata": True}}))
+            self._socket.send(
+                json.dumps({"type": "feature_flags", "data": {"supports_preview_metadata": True}})
+            )
             deadline = time.monotonic() + 10
             while not any(message.type == "feature_flags" for message in self.messages):
                 self.receive(deadline, "feature flags")
@@ -228,10 +254,17 @@ class Client:
         self.post("/free", {"unload_models": unload_models, "free_memory": free_memory})
 
     def upload_image(self, image: Path | bytes, name: str | None = None) -> str:
-        """Put a file into the server's input folder; returns the name to give LoadImage (it serves videos as well)."""
+        """Put a file into the server's input folder; returns the name to give LoadImage (it serves videos as
+        well).
+        """
         content = image if isinstance(image, bytes) else image.read_bytes()
         name = name or (f"{uuid.uuid4().hex}.png" if isinstance(image, bytes) else image.name)
-        reply = self._http.post(self.url + "/upload/image", files={"image": (name, content)}, data={"overwrite": "true"}, timeout=60)
+        reply = self._http.post(
+            self.url + "/upload/image",
+            files={"image": (name, content)},
+            data={"overwrite": "true"},
+            timeout=60,
+        )
         reply.raise_for_status()
         stored = reply.json()
         return f"{stored['subfolder']}/{stored['name']}".lstrip("/")
@@ -247,14 +280,18 @@ class Client:
         """The next message, appended to `messages`. Raises NoAnswerError at the deadline (time.monotonic)."""
         left = deadline - time.monotonic()
         if left <= 0:
-            raise NoAnswerError(f"no {awaited} in time; last seen: {[message.type for message in self.messages[-8:]]}")
+            raise NoAnswerError(
+                f"no {awaited} in time; last seen: {[message.type for message in self.messages[-8:]]}"
+            )
         self._socket.settimeout(left)
         try:
             frame = self._socket.recv()
         except websocket.WebSocketTimeoutException:
             return self.receive(0, awaited)
         except (websocket.WebSocketException, OSError) as error:
-            raise NoAnswerError(f"the server closed the connection while {awaited} was awaited: {error}") from error
+            raise NoAnswerError(
+                f"the server closed the connection while {awaited} was awaited: {error}"
+            ) from error
         message = _parse(frame)
         self.messages.append(message)
         return message

@@ -1,8 +1,9 @@
 """Fixtures for tests in a real ComfyUI. Where there is none to be had, these tests skip and say why.
 
-``LANCE_HOST=auto`` (default) builds a missing host, once, before the first test: minutes and 5 GB below ~/.cache/comfyui-lance.
-``LANCE_HOST=ready`` uses one that is there and builds nothing. ``LANCE_HOST=off`` skips all of these tests.
-``LANCE_CHROMIUM`` names a browser where none is found on the path. See scripts/host.py for how the host is chosen.
+``LANCE_HOST=auto`` (default) builds a missing host, once, before the first test: minutes and 5 GB below
+~/.cache/comfyui-lance. ``LANCE_HOST=ready`` uses one that is there and builds nothing. ``LANCE_HOST=off``
+skips all of these tests. ``LANCE_CHROMIUM`` names a browser where none is found on the path. See
+scripts/comfyui.py for how the host is chosen.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import pytest
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1] / "scripts")]
 
-import host as host_script  # noqa: E402
+import comfyui as comfyui_script  # noqa: E402
 
 # Those run in ComfyUI's own Python, by way of test_inproc.py.
 collect_ignore = ["inproc"]
@@ -25,7 +26,7 @@ collect_ignore = ["inproc"]
 _FIXTURES_IN_NEED = {"host"}
 
 
-def _obtain() -> host_script.Host | str:
+def _obtain() -> comfyui_script.Host | str:
     """The host, or the reason why there is none."""
     mode = os.environ.get("LANCE_HOST", "auto")
     if mode not in ("auto", "ready", "off"):
@@ -33,16 +34,18 @@ def _obtain() -> host_script.Host | str:
     if mode == "off":
         return "LANCE_HOST=off"
     try:
-        return host_script.prepare(may_build=mode == "auto")
-    except host_script.HostUnavailableError as error:
+        return comfyui_script.prepare(may_build=mode == "auto")
+    except comfyui_script.HostUnavailableError as error:
         return f"no ComfyUI to test in: {error}"
 
 
-_obtained: list[host_script.Host | str] = []
+_obtained: list[comfyui_script.Host | str] = []
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Build before the first test rather than in a fixture: it is no test's time, and its progress can be seen."""
+    """Build before the first test rather than in a fixture: it is no test's time, and its progress can be
+    seen.
+    """
     wanted = any(_FIXTURES_IN_NEED & set(getattr(item, "fixturenames", ())) for item in session.items)
     if wanted and not _obtained and not session.config.option.collectonly:
         capture = session.config.pluginmanager.getplugin("capturemanager")
@@ -58,7 +61,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 @pytest.fixture(scope="session")
-def host() -> host_script.Host:
+def host() -> comfyui_script.Host:
     """The ComfyUI under test."""
     obtained = _obtained[0] if _obtained else _obtain()
     if isinstance(obtained, str):
@@ -73,13 +76,17 @@ def models() -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
-def make_server(host: host_script.Host, tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path]) -> Iterator:
+def make_server(
+    host: comfyui_script.Host, tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path]
+) -> Iterator:
     """Start servers with arguments of their own; they end with the session."""
     harness = pytest.importorskip("harness")
     started = []
 
     def make(**options):
-        server = harness.ComfyServer(host, tmp_path_factory.mktemp("comfyui"), **{"models": models, **options})
+        server = harness.ComfyServer(
+            host, tmp_path_factory.mktemp("comfyui"), **{"models": models, **options}
+        )
         started.append(server)
         return server.start()
 
@@ -103,16 +110,16 @@ def client(server) -> Iterator:
 
 
 @pytest.fixture(scope="session")
-def frontend_root(host: host_script.Host) -> Path:
+def frontend_root(host: comfyui_script.Host) -> Path:
     """A newer frontend than the host's own."""
-    return _part(host_script.frontend_root)
+    return _part(comfyui_script.frontend_root)
 
 
 @pytest.fixture(scope="session")
-def make_cli(host: host_script.Host, tmp_path_factory: pytest.TempPathFactory):
+def make_cli(host: comfyui_script.Host, tmp_path_factory: pytest.TempPathFactory):
     """comfy-cli: `make_cli(server)` talks to that server."""
     harness = pytest.importorskip("harness")
-    program = _part(host_script.comfy_cli)
+    program = _part(comfyui_script.comfy_cli)
     return lambda server: harness.ComfyCli(program, tmp_path_factory.mktemp("cli-home"), server)
 
 
@@ -131,5 +138,5 @@ def browser() -> Iterator:
 def _part(get) -> Path:
     try:
         return get(may_build=os.environ.get("LANCE_HOST", "auto") == "auto")
-    except host_script.HostUnavailableError as error:
+    except comfyui_script.HostUnavailableError as error:
         pytest.skip(str(error))

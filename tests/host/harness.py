@@ -1,7 +1,7 @@
 """A ComfyUI server of our own to test against, and comfy-cli as a stranger's client to it.
 
-Nothing here touches the checkout: the server runs out of a --base-directory with its own models, input, output and user folders,
-into whose custom_nodes the pack is linked.
+Nothing here touches the checkout: the server runs out of a --base-directory with its own models, input,
+output and user folders, into whose custom_nodes the pack is linked.
 """
 
 from __future__ import annotations
@@ -18,10 +18,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import host as host_script  # scripts/host.py; conftest.py puts scripts/ on the path
+import comfyui as comfyui_script  # scripts/comfyui.py; conftest.py puts scripts/ on the path
 
 # What ComfyUI logs when it leaves out a node file or a whole pack.
-LOAD_FAILURES = ("IMPORT FAILED", "PRESTARTUP FAILED", "Error while calling comfy_entrypoint", "Cannot import ", "due to the lack of")
+LOAD_FAILURES = (
+    "IMPORT FAILED",
+    "PRESTARTUP FAILED",
+    "Error while calling comfy_entrypoint",
+    "Cannot import ",
+    "due to the lack of",
+)
 
 
 class ServerDiedError(RuntimeError):
@@ -47,18 +53,18 @@ class ComfyServer:
 
     def __init__(
         self,
-        host: host_script.Host,
+        host: comfyui_script.Host,
         base: Path,
         *,
         models: Mapping[str, Path] | None = None,
-        pack: Path | None = host_script.PACK,
+        pack: Path | None = comfyui_script.PACK,
         extra: Sequence[str] = (),
         front_end_root: Path | None = None,
         cpu: bool = True,
         env: Mapping[str, str] | None = None,
     ) -> None:
         self.host = host
-        self.base = host_script.lay_out(Path(base), pack=pack, models=dict(models or {}))
+        self.base = comfyui_script.lay_out(Path(base), pack=pack, models=dict(models or {}))
         self.log_path = self.base / "server.log"
         self.extra = [*extra, *(("--front-end-root", str(front_end_root)) if front_end_root else ())]
         self.cpu = cpu
@@ -101,23 +107,43 @@ class ComfyServer:
         if self.running:
             raise RuntimeError("already running")
         self.port = free_port()
-        command = [str(self.host.python), str(self.host.path / "main.py"), *host_script.arguments(self.base, cpu=self.cpu)]
+        command = [
+            str(self.host.python),
+            str(self.host.path / "main.py"),
+            *comfyui_script.arguments(self.base, cpu=self.cpu),
+        ]
         command += ["--port", str(self.port), *self.extra]
-        environment = {**os.environ, "DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8", **self.env}
+        environment = {
+            **os.environ,
+            "DO_NOT_TRACK": "1",
+            "PYTHONUNBUFFERED": "1",
+            "PYTHONIOENCODING": "utf-8",
+            **self.env,
+        }
         environment.pop("PYTHONPATH", None)
         self._log_start = self.log_path.stat().st_size if self.log_path.exists() else 0
         began = time.monotonic()
         with open(self.log_path, "ab") as log:
             # A session of its own: one signal ends it and whatever it started, and nothing else.
             self._process = subprocess.Popen(
-                command, cwd=self.base, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                command,
+                cwd=self.base,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
         try:
             while not self._answers():
                 if self._process.poll() is not None:
-                    raise ServerDiedError(f"ComfyUI exited with {self._process.returncode}:\n{self.log_tail()}")
+                    raise ServerDiedError(
+                        f"ComfyUI exited with {self._process.returncode}:\n{self.log_tail()}"
+                    )
                 if time.monotonic() - began > timeout:
-                    raise ServerDiedError(f"ComfyUI did not answer within {timeout:.0f} s:\n{self.log_tail()}")
+                    raise ServerDiedError(
+                        f"ComfyUI did not answer within {timeout:.0f} s:\n{self.log_tail()}"
+                    )
                 time.sleep(0.1)
         except BaseException:
             self.stop()
@@ -203,7 +229,13 @@ class ComfyCli:
         }  # fmt: skip
         command = [str(self.program), "--skip-prompt", "--json", *arguments]
         done = subprocess.run(
-            command, env=environment, cwd=self.home, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout
+            command,
+            env=environment,
+            cwd=self.home,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
         )
         events = _json_objects(done.stdout)
         if done.returncode:

@@ -46,7 +46,10 @@ def slow(steps: int = 3, fail: bool = False) -> dict:
 
 def image(color: int = 0xFF0000, width: int = 64) -> dict:
     return {
-        "1": {"class_type": "EmptyImage", "inputs": {"width": width, "height": 32, "batch_size": 1, "color": color}},
+        "1": {
+            "class_type": "EmptyImage",
+            "inputs": {"width": width, "height": 32, "batch_size": 1, "color": color},
+        },
         "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "harness"}},
     }
 
@@ -166,7 +169,9 @@ def test_comfy_cli(make_cli, server, tmp_path):
 @pytest.fixture(scope="module")
 def newer(make_server, frontend_root, server):
     """The same, under a frontend newer than the host's own."""
-    return make_server(pack=(server.base / "custom_nodes" / "ComfyUI-Lance").resolve(), front_end_root=frontend_root)
+    return make_server(
+        pack=(server.base / "custom_nodes" / "ComfyUI-Lance").resolve(), front_end_root=frontend_root
+    )
 
 
 @pytest.mark.parametrize("which", ["server", "newer"])
@@ -183,8 +188,18 @@ def test_browser_runs_a_workflow(which, browser, request, tmp_path):
         page.load_graph({"1": {"class_type": "NoSuchNode", "inputs": {}}})
         assert page.missing_nodes() == ["NoSuchNode"]
         page.page.keyboard.press("Escape")
-        unknown = {"id": 7, "type": "Unheard", "pos": [0, 0], "size": [100, 50], "inputs": [], "outputs": [], "widgets_values": []}
-        page.load_graph({"nodes": [unknown], "links": [], "version": 0.4, "last_node_id": 7, "last_link_id": 0})
+        unknown = {
+            "id": 7,
+            "type": "Unheard",
+            "pos": [0, 0],
+            "size": [100, 50],
+            "inputs": [],
+            "outputs": [],
+            "widgets_values": [],
+        }
+        page.load_graph(
+            {"nodes": [unknown], "links": [], "version": 0.4, "last_node_id": 7, "last_link_id": 0}
+        )
         assert page.missing_nodes() == ["Unheard"]
         (tmp_path / "dropped.json").write_text(json.dumps(image(width=80)), encoding="utf-8")
         page.drop_file(tmp_path / "dropped.json")

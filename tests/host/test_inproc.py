@@ -26,7 +26,10 @@ class Report:
 @pytest.fixture(scope="session")
 def report(request: pytest.FixtureRequest, host, tmp_path_factory: pytest.TempPathFactory) -> Report:
     """One run of all files that are selected in this session."""
-    probe = "import importlib.util as u, sys; sys.exit(' and '.join(m for m in ('pytest', 'torch') if not u.find_spec(m)) or 0)"
+    probe = (
+        "import importlib.util as u, sys; sys.exit(' and '.join(m for m in ('pytest', 'torch') if not "
+        "u.find_spec(m)) or 0)"
+    )
     lacking = subprocess.run([host.python, "-c", probe], capture_output=True, text=True)
     if lacking.returncode:
         pytest.skip(f"{host.python} lacks {lacking.stderr.strip()[-300:]}")
@@ -34,13 +37,40 @@ def report(request: pytest.FixtureRequest, host, tmp_path_factory: pytest.TempPa
     files = sorted({item.callspec.params["file"] for item in items})
     folder = tmp_path_factory.mktemp("inproc")
     # Not from the repository root: its nodes/ package must not hide ComfyUI's nodes.py.
-    command = [host.python, "-m", "pytest", "-c", INPROC / "pytest.ini", "--rootdir", INPROC, "--confcutdir", INPROC]
-    command += ["--basetemp", folder / "tmp", "--junitxml", folder / "report.xml", *(INPROC / file for file in files)]
-    environment = {**os.environ, "LANCE_INPROC_COMFYUI": str(host.path), "DO_NOT_TRACK": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [
+        host.python,
+        "-m",
+        "pytest",
+        "-c",
+        INPROC / "pytest.ini",
+        "--rootdir",
+        INPROC,
+        "--confcutdir",
+        INPROC,
+    ]
+    command += [
+        "--basetemp",
+        folder / "tmp",
+        "--junitxml",
+        folder / "report.xml",
+        *(INPROC / file for file in files),
+    ]
+    environment = {
+        **os.environ,
+        "LANCE_INPROC_COMFYUI": str(host.path),
+        "DO_NOT_TRACK": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
     for variable in ("PYTHONPATH", "PYTEST_ADDOPTS", "PYTEST_CURRENT_TEST"):
         environment.pop(variable, None)
     done = subprocess.run(
-        list(map(str, command)), cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=SECONDS
+        list(map(str, command)),
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=SECONDS,
     )
     return Report(done.stdout, _cases(folder / "report.xml"))
 
@@ -52,8 +82,15 @@ def _cases(path: Path) -> dict[str, list[tuple[str, str, str]]]:
     for case in ElementTree.parse(path).iter("testcase"):
         told = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
         outcome = "passed" if told is None else "skipped" if told.tag == "skipped" else "failed"
-        why = "" if told is None else f"{told.get('message')}\n{told.text or ''}" if outcome == "failed" else str(told.get("message"))
-        # "test_x" or "test_x.TestClass"; a file that cannot be collected has no class name but is the case's name.
+        why = (
+            ""
+            if told is None
+            else f"{told.get('message')}\n{told.text or ''}"
+            if outcome == "failed"
+            else str(told.get("message"))
+        )
+        # "test_x" or "test_x.TestClass"; a file that cannot be collected has no class name but is the case's
+        # name.
         module = (case.get("classname") or case.get("name", "")).split(".")[0]
         cases.setdefault(f"{module}.py", []).append((case.get("name", "?"), outcome, why))
     return cases

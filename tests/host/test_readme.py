@@ -29,11 +29,15 @@ def test_plain_http(started):
     if shutil.which("curl") is None:
         pytest.skip("no curl on this machine")
     queue, _, history = re.split(r"\n(?=curl|#)", block("curl").strip())
-    done = subprocess.run(["bash", "-c", at(queue, started)], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        ["bash", "-c", at(queue, started)], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
     answer = json.loads(done.stdout)
     assert answer["node_errors"] == {}, done.stdout
     asked = at(history, started).replace("PROMPT_ID", answer["prompt_id"])
-    assert subprocess.run(["bash", "-c", asked], capture_output=True, text=True, timeout=60).stdout.startswith("{")
+    assert subprocess.run(
+        ["bash", "-c", asked], capture_output=True, text=True, timeout=60
+    ).stdout.startswith("{")
     stop = f"curl -s -X POST {started.url}/interrupt"
     assert subprocess.run(["bash", "-c", stop], timeout=60).returncode == 0
 

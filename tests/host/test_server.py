@@ -46,14 +46,17 @@ def edited(seed: int = 7) -> dict:
 def video(seed: int = 7) -> dict:
     graph = small.lance(small.i2v(frames=5), seed=seed, steps=2)
     graph["decoded"] = node("LanceVAEDecode", vae=["loader", 2], samples=["sampler", 0])
-    return {**graph, "save": node("SaveVideo", video=["decoded", 1], filename_prefix="video", format="mp4", codec="h264")}
+    return {
+        **graph,
+        "save": node("SaveVideo", video=["decoded", 1], filename_prefix="video", format="mp4", codec="h264"),
+    }
 
 
 def asked(seed: int = 7) -> dict:
     return small.question(f"What is number {seed}?")
 
 
-# -- guest manners --------------------------------------------------------------------------------------------------
+# -- guest manners -------------------------------------------------------------------------------------------
 
 
 def test_import_is_quick_and_clean(server):
@@ -113,7 +116,9 @@ def test_every_input_is_explained(client):
 
 @pytest.mark.parametrize("package", ["einops", "tokenizers"])
 def test_a_missing_package_is_named_in_one_line(make_server, tmp_path, package):
-    """A copy of the pack from which a dependency is hidden: the server starts and its log says what to install."""
+    """A copy of the pack from which a dependency is hidden: the server starts and its log says what to
+    install.
+    """
     shutil.copytree(
         PACK,
         tmp_path / "pack",
@@ -122,7 +127,8 @@ def test_a_missing_package_is_named_in_one_line(make_server, tmp_path, package):
     )
     init = tmp_path / "pack" / "__init__.py"
     init.write_text(
-        f"import sys\nsys.modules[{package!r}] = None\n" + init.read_text(encoding="utf-8").replace("from __future__", "#"),
+        f"import sys\nsys.modules[{package!r}] = None\n"
+        + init.read_text(encoding="utf-8").replace("from __future__", "#"),
         encoding="utf-8",
     )
     # The host itself needs these packages: they are hidden from the pack alone, after ComfyUI is up.
@@ -130,14 +136,18 @@ def test_a_missing_package_is_named_in_one_line(make_server, tmp_path, package):
     log = broken.log()
     broken.stop()
     said = [line for line in log.splitlines() if "ImportError: ComfyUI-Lance was not loaded" in line]
-    assert len(said) >= 1 and f"'{package}'" in said[0] and "pip install -r requirements.txt" in said[0], log[-3000:]
+    assert len(said) >= 1 and f"'{package}'" in said[0] and "pip install -r requirements.txt" in said[0], log[
+        -3000:
+    ]
 
 
 def test_requirements_change_no_installed_version(host):
     """What `pip install -r requirements.txt` would do to a ComfyUI that has run with the pack: nothing."""
 
     def pip(*arguments):
-        done = subprocess.run([str(host.python), "-m", "pip", *arguments], capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            [str(host.python), "-m", "pip", *arguments], capture_output=True, text=True, timeout=300
+        )
         assert done.returncode == 0, done.stderr[-2000:]
         return done.stdout
 
@@ -146,11 +156,13 @@ def test_requirements_change_no_installed_version(host):
     assert "Would install" not in would, would
     pip("install", "--disable-pip-version-check", "-r", str(PACK / "requirements.txt"))
     assert pip("freeze", "--all") == before
-    pinned = [line for line in (PACK / "requirements.txt").read_text().splitlines() if re.search(r"==|<|~=", line)]
+    pinned = [
+        line for line in (PACK / "requirements.txt").read_text().splitlines() if re.search(r"==|<|~=", line)
+    ]
     assert not pinned, "a guest pins nothing"
 
 
-# -- jobs -----------------------------------------------------------------------------------------------------------
+# -- jobs ----------------------------------------------------------------------------------------------------
 
 
 def pixels(client, run):
@@ -206,7 +218,12 @@ def test_thirty_jobs_in_a_row(client, server):
             assert run.outputs
         outputs.append(pixels(client, client.run(picture(seed=5))))
         client.free()
-        client.run({"1": node("EmptyImage", width=16, height=16, batch_size=1, color=turn), "2": node("PreviewImage", images=["1", 0])})
+        client.run(
+            {
+                "1": node("EmptyImage", width=16, height=16, batch_size=1, color=turn),
+                "2": node("PreviewImage", images=["1", 0]),
+            }
+        )
         after.append(server.rss())
     print("MB after each round:", [round(size / 2**20) for size in after])
     assert len(set(outputs)) == 1

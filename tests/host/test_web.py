@@ -1,4 +1,6 @@
-"""What people see: the answer on the node, the line on the latent nodes, help and Chinese labels, in a real browser and on two frontends."""
+"""What people see: the answer on the node, the line on the latent nodes, help and Chinese labels, in a real
+browser and on two frontends.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,10 @@ ASK = {
 }
 LATENT = {"size": "video_480p", "aspect": "16:9", "width": 768, "height": 768, "frames": 49, "batch_size": 1}
 
-_NODE = "const node = app.graph.getNodeById(id); const widget = name => node.widgets.find(widget => widget.name === name);"
+_NODE = (
+    "const node = app.graph.getNodeById(id); const widget = name => node.widgets.find(widget => "
+    "widget.name === name);"
+)
 _ADD = """type => {
   app.graph.clear();
   const node = LiteGraph.createNode(type);
@@ -66,7 +71,9 @@ _HARM = "() => [window.__pwned ?? null, document.querySelectorAll('img[onerror],
 
 
 def complaints(page) -> list[str]:
-    """What went wrong on a page. Frontends look for NodeId/en.md before NodeId.md, which serves every language without its own."""
+    """What went wrong on a page. Frontends look for NodeId/en.md before NodeId.md, which serves every
+    language without its own.
+    """
     return [line for line in page.complaints if not line.endswith("/en.md")]
 
 
@@ -156,30 +163,40 @@ def open_help(page, node_type: str):
     return panel
 
 
-# -- without a host -----------------------------------------------------------------------------------------------------
+# -- without a host ------------------------------------------------------------------------------------------
 
 
 def test_the_scripts_sizes_are_the_cores():
-    request = pytest.importorskip("lance_core.request")
+    request = pytest.importorskip("lance_core.inputs.tasks")
     table = SCRIPT[SCRIPT.index("const SIZES = {") :].partition("= ")[2].partition(";\n")[0]
     table = re.sub(r"(\w+): \{", r'"\1": {', table)
     table = re.sub(r",(\s*})", r"\1", table)
-    assert json.loads(table) == {preset: {a: list(size) for a, size in sizes.items()} for preset, sizes in request.SIZES.items()}
-    preprocess = pytest.importorskip("lance_core.preprocess")
-    sides = dict(re.findall(r"(video_\d+p): (\d+)[,\s]", re.search(r"const SIDES = \{(.*?)\}", SCRIPT)[1] + " "))
-    assert sides == {preset: str(preprocess.PRESETS[preset][0]) for preset in ("video_480p", "video_360p", "video_192p")}
+    assert json.loads(table) == {
+        preset: {a: list(size) for a, size in sizes.items()} for preset, sizes in request.SIZES.items()
+    }
+    preprocess = pytest.importorskip("lance_core.inputs.preprocess")
+    sides = dict(
+        re.findall(r"(video_\d+p): (\d+)[,\s]", re.search(r"const SIDES = \{(.*?)\}", SCRIPT)[1] + " ")
+    )
+    assert sides == {
+        preset: str(preprocess.PRESETS[preset][0]) for preset in ("video_480p", "video_360p", "video_192p")
+    }
 
 
 def test_the_scripts_memory_is_the_released_models():
     torch = pytest.importorskip("torch")
     from lance_core.config import RELEASED_LLM as LLM
-    from lance_core.decoder import PIECE
-    from lance_core.model import Generation, Understanding
+    from lance_core.model.decoder import PIECE
+    from lance_core.model.dual_expert import Generation, Understanding
 
     def constant(name: str) -> float:
         return eval(re.search(rf"const {name} = (.*);", SCRIPT)[1])
 
-    weights = sum(p.numel() for expert in (Generation, Understanding) for p in expert(LLM, torch.nn, device="meta").parameters())
+    weights = sum(
+        p.numel()
+        for expert in (Generation, Understanding)
+        for p in expert(LLM, torch.nn, device="meta").parameters()
+    )
     assert constant("WEIGHTS") == pytest.approx(2 * weights, rel=0.01)
     key_value = 2 * LLM.num_kv_heads * LLM.head_dim * LLM.num_layers
     assert constant("PER_TOKEN") == 2 * (key_value + LLM.hidden_size)
@@ -196,22 +213,36 @@ def test_the_script_makes_no_html():
     assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|DOMParser", SCRIPT)
 
 
-# -- help and labels, as served -----------------------------------------------------------------------------------------
+# -- help and labels, as served ------------------------------------------------------------------------------
 
 
 def test_every_node_has_help_in_both_languages(server, descriptions):
     import requests
 
-    assert {path.stem for path in DOCS.glob("*.md")} == {path.parent.name for path in DOCS.glob("*/zh.md")} == set(descriptions)
+    assert (
+        {path.stem for path in DOCS.glob("*.md")}
+        == {path.parent.name for path in DOCS.glob("*/zh.md")}
+        == set(descriptions)
+    )
     for name, info in descriptions.items():
         for path in (f"{name}.md", f"{name}/zh.md"):
             reply = requests.get(f"{server.url}/extensions/ComfyUI-Lance/docs/{path}", timeout=30)
             assert reply.status_code == 200, path
             text = reply.content.decode("utf-8")
-            outputs = [entry["name"] for entry in LABELS[name]["outputs"].values()] if path.endswith("zh.md") else info["output_name"]
-            lost = [key for key in inputs(info) if f"`{key}`" not in text] + [label for label in outputs if label not in text]
+            outputs = (
+                [entry["name"] for entry in LABELS[name]["outputs"].values()]
+                if path.endswith("zh.md")
+                else info["output_name"]
+            )
+            lost = [key for key in inputs(info) if f"`{key}`" not in text] + [
+                label for label in outputs if label not in text
+            ]
             assert not lost, f"{path} says nothing of {lost}"
-            named = set(re.findall(r"^\| [^|]*`(\w+)` \|", text.partition("\n## ")[2].partition("\n## ")[0], re.MULTILINE))
+            named = set(
+                re.findall(
+                    r"^\| [^|]*`(\w+)` \|", text.partition("\n## ")[2].partition("\n## ")[0], re.MULTILINE
+                )
+            )
             assert named == set(inputs(info)), f"{path} speaks of inputs that are not there"
 
 
@@ -230,19 +261,28 @@ def test_every_label_is_in_chinese(descriptions):
 
 def test_every_input_explains_itself(descriptions):
     assert [
-        f"{name}.{key}" for name, info in descriptions.items() for key, spec in inputs(info).items() if not spec[1].get("tooltip")
+        f"{name}.{key}"
+        for name, info in descriptions.items()
+        for key, spec in inputs(info).items()
+        if not spec[1].get("tooltip")
     ] == []
 
 
-# -- in the browser -----------------------------------------------------------------------------------------------------
+# -- in the browser ------------------------------------------------------------------------------------------
 
 
 def test_nodes_are_in_the_library(page, descriptions):
-    page.page.evaluate("() => app.extensionManager.command.execute('Workspace.ToggleSidebarTab.node-library')")
+    page.page.evaluate(
+        "() => app.extensionManager.command.execute('Workspace.ToggleSidebarTab.node-library')"
+    )
     page.page.locator("input[placeholder*=Search]").first.fill("Lance")
     for info in descriptions.values():
-        page.page.get_by_text(info["display_name"], exact=True).first.wait_for(state="attached", timeout=15_000)
-    page.page.evaluate("() => app.extensionManager.command.execute('Workspace.ToggleSidebarTab.node-library')")
+        page.page.get_by_text(info["display_name"], exact=True).first.wait_for(
+            state="attached", timeout=15_000
+        )
+    page.page.evaluate(
+        "() => app.extensionManager.command.execute('Workspace.ToggleSidebarTab.node-library')"
+    )
 
 
 def test_answer_is_written_on_the_node_and_kept(page, tmp_path, request):
@@ -257,7 +297,12 @@ def test_answer_is_written_on_the_node_and_kept(page, tmp_path, request):
     seen = page.page.evaluate("() => window.__seen")
     assert answer
     assert len(set(seen)) > 3, "the answer did not grow on the node"
-    assert page.page.evaluate("() => app.graph.getNodeById(4).widgets.filter(widget => widget.name.startsWith('$$')).length") == 0
+    assert (
+        page.page.evaluate(
+            "() => app.graph.getNodeById(4).widgets.filter(widget => widget.name.startsWith('$$')).length"
+        )
+        == 0
+    )
     assert page.screenshot(tmp_path / "answer.png").stat().st_size > 10_000
 
     assert "lance_answer" not in page.prompt()["4"]["inputs"]
@@ -289,10 +334,16 @@ def test_the_live_line_follows_the_values(page, tmp_path):
     page.load_graph({"1": {"class_type": "EmptyLanceLatent", "inputs": LATENT}})
     assert line(page, 1) == ["848 × 480 · 49 frames · 4.1 s", "20,670 tokens · ≈ 15 GB (bf16)"]
     page.screenshot(tmp_path / "line.png")
-    page.page.evaluate(f"id => {{ {_NODE} widget('frames').value = 50; }}", 1)  # as a file might have it: typed in, it is rounded
+    page.page.evaluate(
+        f"id => {{ {_NODE} widget('frames').value = 50; }}", 1
+    )  # as a file might have it: typed in, it is rounded
     changes = [
         ("batch_size", 1, ["848 × 480 · 50 → 49 frames (4k+1) · 4.1 s", "20,670 tokens · ≈ 15 GB (bf16)"]),
-        ("batch_size", 2, ["848 × 480 · 50 → 49 frames (4k+1) · 4.1 s", "2 × 20,670 tokens · ≈ 16 GB (bf16)"]),
+        (
+            "batch_size",
+            2,
+            ["848 × 480 · 50 → 49 frames (4k+1) · 4.1 s", "2 × 20,670 tokens · ≈ 16 GB (bf16)"],
+        ),
         ("frames", 1, ["848 × 480 · 1 image", "2 × 1,590 tokens · ≈ 13 GB (bf16)"]),
         ("size", "custom", ["768 × 768 · 1 image", "2 × 2,304 tokens · ≈ 13 GB (bf16)"]),
         ("width", 1168, ["more than 1024 pixels a side: will be refused", ""]),
@@ -301,10 +352,20 @@ def test_the_live_line_follows_the_values(page, tmp_path):
     for name, new, expected in changes:
         page.set_widget(1, name, new)
         assert line(page, 1) == expected
-        greyed = page.page.evaluate(f"id => {{ {_NODE} return ['width', 'height', 'aspect'].map(name => !!widget(name).disabled); }}", 1)
+        greyed = page.page.evaluate(
+            f"id => {{ {_NODE} return ['width', 'height', 'aspect'].map(name => !!widget(name).disabled); }}",
+            1,
+        )
         assert greyed == ([False, False, True] if value(page, 1, "size") == "custom" else [True, True, False])
     sent = page.prompt()["1"]["inputs"]
-    assert sent == {"size": "custom", "aspect": "16:9", "width": 1168, "height": 496, "frames": 1, "batch_size": 2}
+    assert sent == {
+        "size": "custom",
+        "aspect": "16:9",
+        "width": 1168,
+        "height": 496,
+        "frames": 1,
+        "batch_size": 2,
+    }
     (saved,) = page.nodes()
     assert saved["widgets_values"] == ["custom", "16:9", 1168, 496, 1, 2]
 
@@ -348,5 +409,7 @@ def test_chinese_is_shown(chinese, tmp_path):
     )
     labels = LABELS["EmptyLanceLatent"]
     assert (title, outputs) == (labels["display_name"], [labels["outputs"]["0"]["name"]])
-    assert {name: widgets[name] for name in labels["inputs"]} == {name: entry["name"] for name, entry in labels["inputs"].items()}
+    assert {name: widgets[name] for name in labels["inputs"]} == {
+        name: entry["name"] for name, entry in labels["inputs"].items()
+    }
     assert line(page, node) == ["768 × 768 · 1 张图像", "2,304 个 token · ≈ 13 GB（bf16）"]

@@ -1,7 +1,8 @@
-"""Every workflow of workflows/ in a real ComfyUI: through HTTP, through comfy-cli, and in the browser by the Run button.
+"""Every workflow of workflows/ in a real ComfyUI: through HTTP, through comfy-cli, and in the browser by the
+Run button.
 
-They run with the tiny checkpoint and with settings made small by `small`, which changes values only and never the structure.
-LANCE_SCREENSHOTS names a folder to keep the screenshots in.
+They run with the tiny checkpoint and with settings made small by `small`, which changes values only and never
+the structure. LANCE_SCREENSHOTS names a folder to keep the screenshots in.
 """
 
 from __future__ import annotations
@@ -35,7 +36,11 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 # What comes out: width, height, and a video's frames. Edits take the shape of what they start from.
 SIZE: dict[str, tuple[int, ...]] = {name: (64, 48, 5) if name in VIDEOS else (64, 48) for name in NAMES}
-SIZE |= {"lance_image_edit": (256, 256), "lance_multi_turn_edit": (256, 256), "lance_video_edit": (304, 224, 9)}
+SIZE |= {
+    "lance_image_edit": (256, 256),
+    "lance_multi_turn_edit": (256, 256),
+    "lance_video_edit": (304, 224, 9),
+}
 
 
 def api(name: str) -> dict[str, Any]:
@@ -67,8 +72,8 @@ def made_small(name: str, seed: int) -> dict[str, Any]:
 
 
 def comparable(prompt: dict[str, Any]) -> dict[str, Any]:
-    """A prompt without what frontends and hosts differ in: notes on where nodes come from, widgets of theirs that the node does not
-    have, and how the host's own nodes are called."""
+    """A prompt without what frontends and hosts differ in: notes on where nodes come from, widgets of theirs
+    that the node does not have, and how the host's own nodes are called."""
     kept = {}
     for key, node in prompt.items():
         known = {spec[0] for spec in script.workflow_layout.SCHEMAS[node["class_type"]]["inputs"]}
@@ -78,7 +83,7 @@ def comparable(prompt: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-# -- servers and pages ------------------------------------------------------------------------------------------------
+# -- servers and pages ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +134,7 @@ def screenshots(tmp_path_factory) -> Path:
     return folder
 
 
-# -- what came out ----------------------------------------------------------------------------------------------------
+# -- what came out -------------------------------------------------------------------------------------------
 
 
 def check_outputs(name: str, outputs: dict[str, dict[str, Any]], server, host) -> None:
@@ -167,7 +172,10 @@ def png_size(path: Path) -> tuple[int, int]:
 
 def check_video(name: str, path: Path, host) -> None:
     """Decoded by the host's own PyAV."""
-    probe = "import av, sys; c = av.open(sys.argv[1]); s = c.streams.video[0]; print(s.width, s.height, s.average_rate, sum(1 for _ in c.decode(s)))"
+    probe = (
+        "import av, sys; c = av.open(sys.argv[1]); s = c.streams.video[0]; print(s.width, s.height, "
+        "s.average_rate, sum(1 for _ in c.decode(s)))"
+    )
     done = subprocess.run([host.python, "-c", probe, path], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     width, height, rate, frames = map(int, done.stdout.split())
@@ -175,7 +183,7 @@ def check_video(name: str, path: Path, host) -> None:
     assert rate == 12
 
 
-# -- tests ------------------------------------------------------------------------------------------------------------
+# -- tests ---------------------------------------------------------------------------------------------------
 
 
 def test_node_descriptions_are_the_hosts(server, host):
@@ -222,8 +230,9 @@ def test_through_comfy_cli(name, server, cli, host, tmp_path):
     assert status["text_outputs"], "the answer can be had"
 
 
-# Nodes that are smaller than what is in them, and texts that would have to be scrolled. A note has a second, hidden text for
-# editing; a Load Video asks for the width of its longest file name, which it shortens well enough.
+# Nodes that are smaller than what is in them, and texts that would have to be scrolled. A note has a second,
+# hidden text for editing; a Load Video asks for the width of its longest file name, which it shortens well
+# enough.
 _CUT = """() => {
   const small = app.graph.nodes.filter(node => {
     const [w, h] = node.computeSize();
@@ -254,7 +263,11 @@ def test_in_the_browser(page, name, screenshots, host):
     for (key, widget), value in small(api(name), seed=3 if page.frontend == "pinned" else 4).items():
         page.set_widget(key, widget, value)
     said = page.run()
-    outputs = {str(message["detail"]["node"]): message["detail"]["output"] for message in said if message["type"] == "executed"}
+    outputs = {
+        str(message["detail"]["node"]): message["detail"]["output"]
+        for message in said
+        if message["type"] == "executed"
+    }
     check_outputs(name, outputs, page.server, host)
     page.screenshot(screenshots / f"{name}-{page.frontend}-run.png")
     assert page.nodes_with_errors() == []
@@ -263,7 +276,9 @@ def test_in_the_browser(page, name, screenshots, host):
 
 def test_a_clip_that_is_not_there_yet_is_not_red(page, host):
     """On a fresh installation nothing has been made that the video workflows could start from."""
-    marked = page.frontend == "pinned" and host.source != "cache"  # some frontends in between (1.47) mark what is not there yet
+    marked = (
+        page.frontend == "pinned" and host.source != "cache"
+    )  # some frontends in between (1.47) mark what is not there yet
     content = (script.FOLDER / "lance_video_edit.json").read_text(encoding="utf-8")
     assert "_00001_.mp4 [output]" in content
     page.load_graph(json.loads(content.replace("_00001_.mp4 [output]", "_09999_.mp4 [output]")), "fresh")
@@ -279,10 +294,9 @@ def test_dropped_file_opens(page):
     assert page.missing_nodes() == []
 
 
-# Pictures of templates that have been loaded; they are read into blobs, so only their texts tell whose they are.
-_PICTURES = (
-    """names => [...document.images].filter(image => names.includes(image.alt) && image.naturalWidth === 640).map(image => image.alt)"""
-)
+# Pictures of templates that have been loaded; they are read into blobs, so only their texts tell whose they
+# are.
+_PICTURES = """names => [...document.images].filter(image => names.includes(image.alt) && image.naturalWidth === 640).map(image => image.alt)"""
 
 
 def test_template_browser_shows_and_opens_them(page, screenshots):
@@ -292,7 +306,9 @@ def test_template_browser_shows_and_opens_them(page, screenshots):
     page.page.screenshot(path=str(screenshots / f"templates-{page.frontend}.png"))
     name = page.page.evaluate(_PICTURES, NAMES)[0]
     page.page.locator(f'img[alt="{name}"]').first.click()
-    page.page.wait_for_function("count => app.graph.nodes.length === count", arg=len(script.graph(name).nodes), timeout=20_000)
+    page.page.wait_for_function(
+        "count => app.graph.nodes.length === count", arg=len(script.graph(name).nodes), timeout=20_000
+    )
     page.page.wait_for_timeout(500)
     assert comparable(page.prompt()) == comparable(api(name))
     assert page.missing_nodes() == []

@@ -36,7 +36,9 @@ def files(case: dict[str, Any]) -> list[str]:
     """The case's media, by the name they have in ComfyUI's input folder."""
     request = case["request"]
     return (
-        [] if isinstance(request, str) else [p.split("/")[1] for p in request["interleave_array"] if isinstance(p, str) and "inputs/" in p]
+        []
+        if isinstance(request, str)
+        else [p.split("/")[1] for p in request["interleave_array"] if isinstance(p, str) and "inputs/" in p]
     )
 
 
@@ -51,7 +53,12 @@ def media(graph: Graph, case: dict[str, Any], role: str) -> None:
     """Load Image / Load Video and Lance Vision Encode nodes; the last encode is "vision"."""
     for i, name in enumerate(files(case)):
         last = i == len(files(case)) - 1
-        inputs: dict[str, Any] = {"lance": ["loader", 1], "vae": ["loader", 2], "role": role, "resolution": case["resolution"]}
+        inputs: dict[str, Any] = {
+            "lance": ["loader", 1],
+            "vae": ["loader", 2],
+            "role": role,
+            "resolution": case["resolution"],
+        }
         if name.endswith(".mp4"):
             graph[f"load{i}"] = node("LoadVideo", file=name)
             inputs["video"] = [f"load{i}", 0]
@@ -71,7 +78,10 @@ def prompt(name: str, dtype: str = "default") -> Graph:
     task = case["task"]
     graph: Graph = {"loader": node("LanceLoader", checkpoint=case["checkpoint"], weight_dtype=dtype)}
     encode: dict[str, Any] = {"lance": ["loader", 1], "prompt": text(case), "negative_prompt": ""}
-    encode |= {"target": "video" if task in ("t2v", "i2v", "video_edit", "idip_video") else "image", "system_prompt": system_prompt(case)}
+    encode |= {
+        "target": "video" if task in ("t2v", "i2v", "video_edit", "idip_video") else "image",
+        "system_prompt": system_prompt(case),
+    }
     if task == "i2v":
         graph["load0"] = node("LoadImage", image=files(case)[0])
         graph["latent"] = node(
@@ -125,7 +135,9 @@ def custom(name: str) -> Graph:
     case, graph = MANIFEST[name], prompt(name)
     guidance = {k: v for k, v in settings(case).items() if k not in ("seed", "steps", "shift")}
     graph["noise"] = node("LanceNoise", seed=case["seed"], positive=["text", 0])
-    graph["guider"] = node("LanceGuider", model=["loader", 0], positive=["text", 0], negative=["text", 1], **guidance)
+    graph["guider"] = node(
+        "LanceGuider", model=["loader", 0], positive=["text", 0], negative=["text", 1], **guidance
+    )
     graph["select"] = node("KSamplerSelect", sampler_name="euler")
     graph["sigmas"] = node("LanceScheduler", steps=case["steps"], shift=case["shift"], denoise=1.0)
     graph["sampler"] = node(

@@ -1,7 +1,9 @@
-"""ComfyUI inside the test's own process: no server, real nodes, real executor, and the values themselves in hand.
+"""ComfyUI inside the test's own process: no server, real nodes, real executor, and the values themselves in
+hand.
 
-Runs only in the host's Python (see ../test_inproc.py). ComfyUI parses its arguments and fixes its folders at import, so there is
-one such host per process, made by `conftest.py`; everything of ComfyUI (comfy, nodes, execution, ...) is importable once it is.
+Runs only in the host's Python (see ../test_inproc.py). ComfyUI parses its arguments and fixes its folders at
+import, so there is one such host per process, made by `conftest.py`; everything of ComfyUI (comfy, nodes,
+execution, ...) is importable once it is.
 """
 
 from __future__ import annotations
@@ -46,7 +48,9 @@ class InterruptedRunError(RuntimeError):
 
 @dataclass
 class Result:
-    """ui: what output nodes show, by node id. values: what the asked-for links carried. sent: (event, data) as sent to the client."""
+    """ui: what output nodes show, by node id. values: what the asked-for links carried. sent: (event, data)
+    as sent to the client.
+    """
 
     ui: dict[str, Any]
     values: list[Any]
@@ -55,15 +59,21 @@ class Result:
     @property
     def progress(self) -> list[tuple[str, float, float]]:
         """(node, value, max) as reported."""
-        return [(data["node"], data["value"], data["max"]) for event, data in self.sent if event == "progress"]
+        return [
+            (data["node"], data["value"], data["max"]) for event, data in self.sent if event == "progress"
+        ]
 
     @property
     def cached(self) -> set[str]:
-        return {str(node) for event, data in self.sent if event == "execution_cached" for node in data["nodes"]}
+        return {
+            str(node) for event, data in self.sent if event == "execution_cached" for node in data["nodes"]
+        }
 
 
 class InProcessComfy:
-    """Import ComfyUI from `checkout` with a --base-directory laid out by scripts/host.py, and load its nodes and the pack in it."""
+    """Import ComfyUI from `checkout` with a --base-directory laid out by scripts/comfyui.py, and load its nodes
+    and the pack in it.
+    """
 
     def __init__(self, checkout: Path, base_arguments: Sequence[str]) -> None:
         if "folder_paths" in sys.modules:
@@ -86,28 +96,40 @@ class InProcessComfy:
         logging.getLogger().removeHandler(said)
         #: What ComfyUI logged while starting, and of that what it could not load.
         self.start_log: list[str] = said.lines
-        self.load_failures = [line for line in said.lines if any(mark in line for mark in ("FAILED", "Cannot import", "comfy_entrypoint"))]
+        self.load_failures = [
+            line
+            for line in said.lines
+            if any(mark in line for mark in ("FAILED", "Cannot import", "comfy_entrypoint"))
+        ]
         self.nodes = nodes.NODE_CLASS_MAPPINGS
         self.sent: list[tuple[Any, Any]] = []
         self.server.send_sync = lambda event, data, sid=None: self.sent.append((event, data))
         self.nodes[_CAPTURE] = _Capture
         self._execution = execution
-        # Results stay until `forget`: newer hosts want to be told so, or they drop results when memory is short.
+        # Results stay until `forget`: newer hosts want to be told so, or they drop results when memory is
+        # short.
         newer = "cache_args" in inspect.signature(execution.PromptExecutor).parameters
         self._executor = execution.PromptExecutor(
             self.server, **({"cache_args": dict.fromkeys(("lru", "ram", "ram_inactive"), 0)} if newer else {})
         )
 
     def run(self, workflow: Workflow, want: Sequence[Link] = ()) -> Result:
-        """Validate and execute. `want`: (node id, output index) whose values to return, e.g. [("3", 0)] for a sampler's latent.
+        """Validate and execute. `want`: (node id, output index) whose values to return, e.g. [("3", 0)] for a
+        sampler's latent.
 
-        Results are cached between runs as in a server; `forget()` drops them. Raises RejectedError, NodeFailedError, InterruptedRunError.
+        Results are cached between runs as in a server; `forget()` drops them. Raises RejectedError,
+        NodeFailedError, InterruptedRunError.
         """
         workflow = {node: {**spec, "inputs": dict(spec.get("inputs", {}))} for node, spec in workflow.items()}
         for index, (node, output) in enumerate(want):
-            workflow[f"capture{index}"] = {"class_type": _CAPTURE, "inputs": {"value": [node, output], "slot": index}}
+            workflow[f"capture{index}"] = {
+                "class_type": _CAPTURE,
+                "inputs": {"value": [node, output], "slot": index},
+            }
         prompt_id = uuid.uuid4().hex
-        valid, error, outputs, node_errors = asyncio.run(self._execution.validate_prompt(prompt_id, workflow, None))
+        valid, error, outputs, node_errors = asyncio.run(
+            self._execution.validate_prompt(prompt_id, workflow, None)
+        )
         if not valid or node_errors:
             raise RejectedError(error, node_errors)
         self.sent.clear()

@@ -16,21 +16,45 @@ MODEL = ["loader", 0]
 
 
 def module(comfy, name: str):
-    """A module of the pack as ComfyUI has loaded it, e.g. "lance_core.cache"."""
-    return importlib.import_module(comfy.nodes["LanceSampler"].__module__.removesuffix("nodes.nodes_sample") + name)
+    """A module of the pack as ComfyUI has loaded it, e.g. "lance_core.model.kv_cache"."""
+    return importlib.import_module(
+        comfy.nodes["LanceSampler"].__module__.removesuffix("nodes.nodes_sample") + name
+    )
 
 
-def t2i(prompt: str = "a red fox", negative: str = "", dtype: str = "default", width: int = 64, height: int = 64, batch: int = 1) -> Graph:
+def t2i(
+    prompt: str = "a red fox",
+    negative: str = "",
+    dtype: str = "default",
+    width: int = 64,
+    height: int = 64,
+    batch: int = 1,
+) -> Graph:
     """Loader, text and latent of an image; sample it with `lance` or `ksampler`."""
     return {
         "loader": node("LanceLoader", checkpoint=CHECKPOINT, weight_dtype=dtype),
         "text": text(prompt, negative),
-        "latent": node("EmptyLanceLatent", size="custom", aspect="1:1", width=width, height=height, frames=1, batch_size=batch),
+        "latent": node(
+            "EmptyLanceLatent",
+            size="custom",
+            aspect="1:1",
+            width=width,
+            height=height,
+            frames=1,
+            batch_size=batch,
+        ),
     }
 
 
 def text(prompt: str, negative: str = "", target: str = "image", **inputs: Any) -> dict[str, Any]:
-    return node("LanceTextEncode", lance=["loader", 1], prompt=prompt, negative_prompt=negative, target=target, **inputs)
+    return node(
+        "LanceTextEncode",
+        lance=["loader", 1],
+        prompt=prompt,
+        negative_prompt=negative,
+        target=target,
+        **inputs,
+    )
 
 
 def i2v(batch: int = 1, frames: int = 9) -> Graph:
@@ -56,7 +80,12 @@ def edit(prompt: str = "paint it blue", picture: str = "photo.png") -> Graph:
         "loader": node("LanceLoader", checkpoint=CHECKPOINT, weight_dtype="default"),
         "photo": node("LoadImage", image=picture),
         "vision": node(
-            "LanceVisionEncode", lance=["loader", 1], vae=["loader", 2], role="edit source", resolution="image_256res", image=["photo", 0]
+            "LanceVisionEncode",
+            lance=["loader", 1],
+            vae=["loader", 2],
+            role="edit source",
+            resolution="image_256res",
+            image=["photo", 0],
         ),
         "text": text(prompt, vision=["vision", 0]),
     }
@@ -66,7 +95,13 @@ def question(asked: str = "What is it?", tokens: int = 6) -> Graph:
     return {
         "loader": node("LanceLoader", checkpoint=CHECKPOINT, weight_dtype="default"),
         "photo": node("LoadImage", image="photo.png"),
-        "vision": node("LanceVisionEncode", lance=["loader", 1], role="question", resolution="image_256res", image=["photo", 0]),
+        "vision": node(
+            "LanceVisionEncode",
+            lance=["loader", 1],
+            role="question",
+            resolution="image_256res",
+            image=["photo", 0],
+        ),
         "answer": node(
             "LanceUnderstand",
             lance=["loader", 1],
@@ -83,20 +118,40 @@ def question(asked: str = "What is it?", tokens: int = 6) -> Graph:
 
 def lance(graph: Graph, **changes: Any) -> Graph:
     """`graph` with Lance Sampler as "sampler"; 3 steps, guided all the way."""
-    inputs = {"model": MODEL, "positive": ["text", 0], "negative": ["text", 1], "sampler": "euler", "denoise": 1.0}
-    inputs |= {"latent": ["latent", 0] if "latent" in graph else ["vision", 1], "seed": 7, "steps": 3, "shift": 3.5}
+    inputs = {
+        "model": MODEL,
+        "positive": ["text", 0],
+        "negative": ["text", 1],
+        "sampler": "euler",
+        "denoise": 1.0,
+    }
+    inputs |= {
+        "latent": ["latent", 0] if "latent" in graph else ["vision", 1],
+        "seed": 7,
+        "steps": 3,
+        "shift": 3.5,
+    }
     inputs |= {"cfg": 4.0, "cfg_start": 1.0, "cfg_end": 0.0, "renorm": "global", "renorm_min": 0.0}
     return {**graph, "sampler": node("LanceSampler", **{**inputs, **changes})}
 
 
 def ksampler(graph: Graph, **changes: Any) -> Graph:
     """`graph` with stock KSampler as "sampler"."""
-    inputs = {"model": MODEL, "positive": ["text", 0], "negative": ["text", 1], "latent_image": ["latent", 0], "seed": 7, "steps": 3}
+    inputs = {
+        "model": MODEL,
+        "positive": ["text", 0],
+        "negative": ["text", 1],
+        "latent_image": ["latent", 0],
+        "seed": 7,
+        "steps": 3,
+    }
     inputs |= {"cfg": 4.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
     return {**graph, "sampler": node("KSampler", **{**inputs, **changes})}
 
 
-def advanced(graph: Graph, guider: dict[str, Any], sampler: str = "euler", noise: str = "LanceNoise", steps: int = 3) -> Graph:
+def advanced(
+    graph: Graph, guider: dict[str, Any], sampler: str = "euler", noise: str = "LanceNoise", steps: int = 3
+) -> Graph:
     """`graph` with SamplerCustomAdvanced as "sampler"."""
     return {
         **graph,

@@ -36,19 +36,31 @@ def same_as(comfy, good):
 
 @pytest.fixture
 def newer_patcher(comfy, monkeypatch):
-    """A CoreModelPatcher as of 0.38: dynamic, a fixed constructor, clone() that hands on what older ones do not know."""
+    """A CoreModelPatcher as of 0.38: dynamic, a fixed constructor, clone() that hands on what older ones do
+    not know.
+    """
     import comfy.model_patcher as mp
 
     class ModelPatcherDynamic(mp.ModelPatcher):
         made: list = []
         cpu_is_plain = False
 
-        def __new__(cls, model=None, load_device=None, offload_device=None, size=0, weight_inplace_update=False, fast_disk=False):
+        def __new__(
+            cls,
+            model=None,
+            load_device=None,
+            offload_device=None,
+            size=0,
+            weight_inplace_update=False,
+            fast_disk=False,
+        ):
             if cls.cpu_is_plain:
                 return mp.ModelPatcher(model, load_device, offload_device, size, weight_inplace_update)
             return super().__new__(cls)
 
-        def __init__(self, model, load_device, offload_device, size=0, weight_inplace_update=False, fast_disk=False):
+        def __init__(
+            self, model, load_device, offload_device, size=0, weight_inplace_update=False, fast_disk=False
+        ):
             super().__init__(model, load_device, offload_device, size, weight_inplace_update)
             self.fast_disk, self.cached_patcher_init = fast_disk, None
             self.made.append(self)
@@ -65,7 +77,14 @@ def newer_patcher(comfy, monkeypatch):
             return 0
 
         def clone(self, disable_dynamic=False, model_override=None, force_deepcopy=False):
-            type(self)(self.model, self.load_device, self.offload_device, self.model_size(), weight_inplace_update=False, fast_disk=True)
+            type(self)(
+                self.model,
+                self.load_device,
+                self.offload_device,
+                self.model_size(),
+                weight_inplace_update=False,
+                fast_disk=True,
+            )
             n = super().clone()
             n.cached_patcher_init = self.cached_patcher_init
             return n
@@ -77,17 +96,30 @@ def newer_patcher(comfy, monkeypatch):
 def test_patchers_are_the_hosts_own(comfy, monkeypatch, good, newer_patcher):
     same_as(comfy, good)
     main, reader, vae = (comfy.value(t2i(), "loader", i) for i in range(3))
-    patchers = (main, reader.und, reader.vit, vae.patcher, main.get_additional_models_with_key("lance_und")[0], main.clone())
+    patchers = (
+        main,
+        reader.und,
+        reader.vit,
+        vae.patcher,
+        main.get_additional_models_with_key("lance_und")[0],
+        main.clone(),
+    )
     assert all(isinstance(p, newer_patcher) for p in patchers)
-    assert not {id(m) for m in main.model.modules()} & {id(m) for m in reader.und.model.modules()}, "no shared modules"
+    assert not {id(m) for m in main.model.modules()} & {id(m) for m in reader.und.model.modules()}, (
+        "no shared modules"
+    )
     assert type(main.clone()) is type(main)
 
 
 def test_weights_of_their_own_again(comfy, good, newer_patcher, monkeypatch):
-    """Several GPUs and conditioning hooks ask for the patcher anew, by cached_patcher_init = (function, arguments, index)."""
+    """Several GPUs and conditioning hooks ask for the patcher anew, by cached_patcher_init = (function,
+    arguments, index).
+    """
     import comfy.model_patcher as mp
 
-    monkeypatch.setattr(comfy.server, "last_prompt_id", "", raising=False)  # as in a server, for the progress bar
+    monkeypatch.setattr(
+        comfy.server, "last_prompt_id", "", raising=False
+    )  # as in a server, for the progress bar
     main, reader = (comfy.value(t2i(), "loader", i) for i in range(2))
     for patcher in (main, main.get_additional_models_with_key("lance_und")[0], reader.vit):
         origin = patcher if getattr(patcher, "cached_patcher_init", None) else patcher.parent
@@ -106,16 +138,22 @@ def test_a_dynamic_class_that_is_plain_on_a_cpu(comfy, good, newer_patcher, monk
     theirs = {"diffusion_model.understanding.layers.0.self_attn.q_proj.weight": ("diff", (torch.zeros(1),))}
     patched = main.clone()
     assert patched.add_patches(theirs) and not patched.patches
-    assert patched.get_additional_models_with_key("lance_und")[0].patches, "LoRAs on the understanding expert still find it"
+    assert patched.get_additional_models_with_key("lance_und")[0].patches, (
+        "LoRAs on the understanding expert still find it"
+    )
     same_as(comfy, good)
 
 
 def test_order_of_construction(comfy, good, newer_patcher, monkeypatch):
-    """Construct, archive dtypes, patcher, then weights: layers have none before, and nothing may look at them."""
+    """Construct, archive dtypes, patcher, then weights: layers have none before, and nothing may look at
+    them.
+    """
     import comfy.model_management as mm
 
     order, host = [], module(comfy, "nodes.host")
-    monkeypatch.setattr(mm, "archive_model_dtypes", lambda model: order.append(("archive", id(model))), raising=False)
+    monkeypatch.setattr(
+        mm, "archive_model_dtypes", lambda model: order.append(("archive", id(model))), raising=False
+    )
     init, load, size = newer_patcher.__init__, torch.nn.Module.load_state_dict, mm.module_size
 
     def patcher(self, model, *args, **kwargs):
@@ -137,9 +175,14 @@ def test_order_of_construction(comfy, good, newer_patcher, monkeypatch):
         (reader.vit.model, reader.vit.model),
         (vae.first_stage_model, vae.first_stage_model),
     ):
-        at = [order.index((what, id(m))) for what, m in (("archive", patched), ("patcher", patched), ("weights", weights))]
+        at = [
+            order.index((what, id(m)))
+            for what, m in (("archive", patched), ("patcher", patched), ("weights", weights))
+        ]
         assert at == sorted(at)
-    assert not [what for what, _ in order if what == "measured"], "sizes are kept by patchers, so nothing is measured before it is filled"
+    assert not [what for what, _ in order if what == "measured"], (
+        "sizes are kept by patchers, so nothing is measured before it is filled"
+    )
     assert main.model_size() == sum(p.nbytes for p in main.model.diffusion_model.parameters())
     assert host.patcher_class() is newer_patcher
 
@@ -177,7 +220,9 @@ def test_layers_the_host_itself_makes_without_weights(comfy, monkeypatch, tmp_pa
         import folder_paths
 
         checkpoint = f"{dtype}.safetensors"
-        module(comfy, "lance_core.convert").convert(GOLDEN / "checkpoint" / CHECKPOINT, tmp_path / checkpoint, dtype)
+        module(comfy, "lance_core.checkpoint.convert").convert(
+            GOLDEN / "checkpoint" / CHECKPOINT, tmp_path / checkpoint, dtype
+        )
         monkeypatch.setitem(folder_paths.folder_names_and_paths, "lance", ([str(tmp_path)], set()))
     graph = t2i()
     graph["loader"]["inputs"]["checkpoint"] = checkpoint
@@ -200,7 +245,12 @@ def test_base_model_calls(comfy, good):
     main = comfy.value(edit(), "loader")
     shape = [1, 48, 1, 4, 4]
     wanted = main.model.memory_required(shape, {"lance": [[1, 1, 10]]})
-    assert main.model.memory_required(shape, cond_shapes={"lance": [[1, 1, 10]]}, memory_efficient_attention=True) == wanted
+    assert (
+        main.model.memory_required(
+            shape, cond_shapes={"lance": [[1, 1, 10]]}, memory_efficient_attention=True
+        )
+        == wanted
+    )
     assert main.model.memory_required(input_shape=shape) > 0 and main.memory_required(shape) > 0
 
 
@@ -223,7 +273,9 @@ def test_latent_shapes_everywhere(comfy, good, monkeypatch):
 
     def handing_on(self, *args, **kwargs):
         named = getattr(self.original, "__name__", "") == "newer_outer"
-        return execute(self, *args, **({"latent_shapes": [(1, 48, 1, 14, 19)], **kwargs} if named else kwargs))
+        return execute(
+            self, *args, **({"latent_shapes": [(1, 48, 1, 14, 19)], **kwargs} if named else kwargs)
+        )
 
     monkeypatch.setattr(stock, "encode_model_conds", newer_encode)
     monkeypatch.setattr(stock.CFGGuider, "outer_sample", newer_outer)
@@ -239,7 +291,15 @@ def test_vae_output_in_place(comfy, good):
     wanted = vae.process_output(pixels.clone())
     vae.process_output(pixels)
     assert torch.equal(pixels, wanted) and pixels.min() == 0 and pixels.max() == 1
-    for name in ("pad_channel_value", "size", "handles_tiling", "format_encoded", "audio_sample_rate", "upscale_ratio", "crop_input"):
+    for name in (
+        "pad_channel_value",
+        "size",
+        "handles_tiling",
+        "format_encoded",
+        "audio_sample_rate",
+        "upscale_ratio",
+        "crop_input",
+    ):
         assert hasattr(vae, name), name
 
 

@@ -1,4 +1,6 @@
-"""How our nodes behave among others: same numbers whatever ComfyUI does with the weights, and nothing left behind."""
+"""How our nodes behave among others: same numbers whatever ComfyUI does with the weights, and nothing left
+behind.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +12,36 @@ import numpy as np
 import pytest
 import torch
 from graphs import node
-from small import advanced, away, edit, i2v, ksampler, lance, module, partial_loading, question, samples, t2i, text
+from small import (
+    advanced,
+    away,
+    edit,
+    i2v,
+    ksampler,
+    lance,
+    module,
+    partial_loading,
+    question,
+    samples,
+    t2i,
+    text,
+)
 
-SAMPLERS = ["euler", "heun", "dpmpp_2m", "res_multistep", "uni_pc", "euler_ancestral", "dpmpp_2m_sde", "ddim", "lcm", "dpmpp_sde"]
+SAMPLERS = [
+    "euler",
+    "heun",
+    "dpmpp_2m",
+    "res_multistep",
+    "uni_pc",
+    "euler_ancestral",
+    "dpmpp_2m_sde",
+    "ddim",
+    "lcm",
+    "dpmpp_sde",
+]
 
 
-# -- same numbers ---------------------------------------------------------------------------------------------------
+# -- same numbers --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("make", [t2i, i2v])
@@ -37,7 +63,9 @@ def test_the_pinned_frame_stays(comfy, sampler):
 
 @pytest.mark.parametrize("share", [0.5, 0.0])
 def test_partial_load_changes_nothing(comfy, monkeypatch, share):
-    monkeypatch.setattr(module(comfy, "lance_core.ops"), "FEW_ROWS", 0)  # a CPU's way with weights that lie still; it rounds another way
+    monkeypatch.setattr(
+        module(comfy, "lance_core.model.ops"), "FEW_ROWS", 0
+    )  # a CPU's way with weights that lie still; it rounds another way
     graph = lance(edit())
     graph["decoded"] = node("LanceVAEDecode", samples=["sampler", 0], vae=["loader", 2])
     want = [("sampler", 0), ("decoded", 0)]
@@ -55,7 +83,9 @@ def test_partial_load_changes_nothing(comfy, monkeypatch, share):
 
 
 def test_every_weight_can_be_left_behind(comfy):
-    """Modules with weights are the host's own, or cast what they hold themselves (the VAE's norms, as in stock VAEs)."""
+    """Modules with weights are the host's own, or cast what they hold themselves (the VAE's norms, as in
+    stock VAEs).
+    """
     from comfy.ops import CastWeightBiasOp
 
     main, reader, vae = (comfy.value(t2i(), "loader", i) for i in range(3))
@@ -110,7 +140,7 @@ def test_the_global_generators_are_left_alone(comfy):
 
 def test_one_forward_or_two(comfy, monkeypatch):
     """Guidance runs both sides at once where memory allows, and gives the same where it does not."""
-    model = module(comfy, "lance_core.model").DualExpert
+    model = module(comfy, "lance_core.model.dual_expert").DualExpert
     rows, velocity = [], model.velocity
     monkeypatch.setattr(model, "velocity", lambda self, r, *a: rows.append(len(r)) or velocity(self, r, *a))
     graph = t2i(negative="rain, and a much longer negative prompt than the prompt is")
@@ -123,15 +153,17 @@ def test_one_forward_or_two(comfy, monkeypatch):
     assert set(rows) == {1}
 
 
-# -- context --------------------------------------------------------------------------------------------------------
+# -- context -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def passes(comfy, monkeypatch):
     """(branch, tokens) of every pass that extends a context."""
-    context, seen = module(comfy, "lance_core.cache").Context, []
+    context, seen = module(comfy, "lance_core.model.kv_cache").Context, []
     extend = context.extend
-    monkeypatch.setattr(context, "extend", lambda self, b, n, *a: seen.append((b, n)) or extend(self, b, n, *a))
+    monkeypatch.setattr(
+        context, "extend", lambda self, b, n, *a: seen.append((b, n)) or extend(self, b, n, *a)
+    )
     return seen
 
 
@@ -151,9 +183,11 @@ def test_without_guidance_only_one_side(comfy, passes):
 def test_memory_estimate_counts_the_context(comfy, monkeypatch):
     from torch.profiler import ProfilerActivity, profile
 
-    contexts, context = [], module(comfy, "lance_core.cache").Context
+    contexts, context = [], module(comfy, "lance_core.model.kv_cache").Context
     init = context.__init__
-    monkeypatch.setattr(context, "__init__", lambda self, *a, **k: contexts.append(self) or init(self, *a, **k))
+    monkeypatch.setattr(
+        context, "__init__", lambda self, *a, **k: contexts.append(self) or init(self, *a, **k)
+    )
     # Not the host's choice for a CPU, which spells attention scores out, as many as memory allows.
     from comfy.ldm.modules.attention import attention_pytorch
 
@@ -170,24 +204,39 @@ def test_memory_estimate_counts_the_context(comfy, monkeypatch):
         assert isinstance(shapes["lance"][0], conditioning.ContextShape)
         bare = model.memory_required([2, *made.shape[1:]], {})
         counted = model.memory_required([2, *made.shape[1:]], shapes)
-        reading = shapes["lance"][0][-1] > 2 * made.shape[2:].numel()  # then it is reading the prompt that is widest
+        reading = (
+            shapes["lance"][0][-1] > 2 * made.shape[2:].numel()
+        )  # then it is reading the prompt that is widest
         assert counted - bare > real.nbytes if reading else counted - bare == real.nbytes
-        events = [(e.start_ns(), e.nbytes()) for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+        events = [
+            (e.start_ns(), e.nbytes())
+            for e in recorded.profiler.kineto_results.events()
+            if e.name() == "[memory]"
+        ]
         peak = int(np.cumsum([size for _, size in sorted(events)]).max())
         print(f"{tuple(made.shape)}: estimated {counted:.0f}, measured {peak}, of it context {real.nbytes}")
         if made.shape[-1] == 32:  # among smaller things the graph's own bookkeeping shows
-            assert 0.8 * peak < counted < 2.5 * peak  # of so small a model; 17.3 for 17.0 GB at the released widths
+            assert (
+                0.8 * peak < counted < 2.5 * peak
+            )  # of so small a model; 17.3 for 17.0 GB at the released widths
 
 
 def test_nothing_is_left_when_the_graph_is_gone(comfy, monkeypatch):
     import comfy.model_management as mm
 
     comfy.forget()
-    made, context = [], module(comfy, "lance_core.cache").Context
+    made, context = [], module(comfy, "lance_core.model.kv_cache").Context
     init = context.__init__
-    monkeypatch.setattr(context, "__init__", lambda self, *a, **k: made.append(weakref.ref(self)) or init(self, *a, **k))
-    guided = advanced(t2i(), node("LanceGuider", model=["loader", 0], positive=["text", 0], negative=["text", 1], **GUIDANCE))
-    main, reader, vae = comfy.run(guided, [("loader", 0), ("loader", 1), ("loader", 2), ("sampler", 0)]).values[:3]
+    monkeypatch.setattr(
+        context, "__init__", lambda self, *a, **k: made.append(weakref.ref(self)) or init(self, *a, **k)
+    )
+    guided = advanced(
+        t2i(),
+        node("LanceGuider", model=["loader", 0], positive=["text", 0], negative=["text", 1], **GUIDANCE),
+    )
+    main, reader, vae = comfy.run(
+        guided, [("loader", 0), ("loader", 1), ("loader", 2), ("sampler", 0)]
+    ).values[:3]
     samples(comfy, lance(edit()))
     comfy.value(question(), "answer")
     made += [weakref.ref(x) for x in (main.model, reader.und.model, reader.vit.model, vae.first_stage_model)]
@@ -211,24 +260,39 @@ def test_understanding_loads_half(comfy):
 
     comfy.forget()
     comfy.value(question(), "answer")
-    assert {type(m.model.model).__name__ for m in mm.current_loaded_models} == {"Understanding", "VisionTower"}
+    assert {type(m.model.model).__name__ for m in mm.current_loaded_models} == {
+        "Understanding",
+        "VisionTower",
+    }
     samples(comfy, lance(t2i()))
     assert "LanceModel" in {type(m.model.model).__name__ for m in mm.current_loaded_models}
 
 
 def test_guider_leaves_model_options_alone(comfy):
     guider = comfy.value(
-        advanced(t2i(), node("LanceGuider", model=["loader", 0], positive=["text", 0], negative=["text", 1], **GUIDANCE)), "guider"
+        advanced(
+            t2i(),
+            node("LanceGuider", model=["loader", 0], positive=["text", 0], negative=["text", 1], **GUIDANCE),
+        ),
+        "guider",
     )
     before = json.dumps(guider.model_patcher.model_options, default=lambda o: type(o).__name__)
     noise = module(comfy, "nodes.sampling").LanceNoise(1)
     latent = {"samples": torch.zeros(1, 48, 1, 4, 4)}
     import comfy.samplers
 
-    guider.sample(noise.generate_noise(latent), latent["samples"], comfy.samplers.sampler_object("euler"), torch.tensor([1.0, 0.5, 0.0]))
+    guider.sample(
+        noise.generate_noise(latent),
+        latent["samples"],
+        comfy.samplers.sampler_object("euler"),
+        torch.tensor([1.0, 0.5, 0.0]),
+    )
     assert json.dumps(guider.model_patcher.model_options, default=lambda o: type(o).__name__) == before
     clone = guider.model_patcher.clone()
-    assert clone.model_options == guider.model_patcher.model_options and clone.model_options is not guider.model_patcher.model_options
+    assert (
+        clone.model_options == guider.model_patcher.model_options
+        and clone.model_options is not guider.model_patcher.model_options
+    )
     assert clone.model is guider.model_patcher.model
     assert (
         clone.get_additional_models_with_key("lance_und")[0].model
@@ -236,7 +300,7 @@ def test_guider_leaves_model_options_alone(comfy):
     )
 
 
-# -- caching --------------------------------------------------------------------------------------------------------
+# -- caching -------------------------------------------------------------------------------------------------
 
 
 def test_only_what_changed_runs_again(comfy):
@@ -244,7 +308,10 @@ def test_only_what_changed_runs_again(comfy):
     comfy.run(graph, [("sampler", 0)])
     everything = set(graph)
     assert comfy.run(lance(edit(), seed=99), [("sampler", 0)]).cached == everything - {"sampler"}
-    assert comfy.run(lance(edit("and now green"), seed=99), [("sampler", 0)]).cached == everything - {"sampler", "text"}
+    assert comfy.run(lance(edit("and now green"), seed=99), [("sampler", 0)]).cached == everything - {
+        "sampler",
+        "text",
+    }
     again = lance({**edit(), "text": text("paint it blue", "rain", vision=["vision", 0])})
     assert {"vision", "loader"} <= comfy.run(again, [("sampler", 0)]).cached
     asked = question()

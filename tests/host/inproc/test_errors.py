@@ -7,7 +7,19 @@ import re
 import pytest
 from graphs import node
 from inprocess import NodeFailedError, RejectedError
-from small import CHECKPOINT, MODEL, VIDEO_CHECKPOINT, edit, i2v, ksampler, lance, question, samples, t2i, text
+from small import (
+    CHECKPOINT,
+    MODEL,
+    VIDEO_CHECKPOINT,
+    edit,
+    i2v,
+    ksampler,
+    lance,
+    question,
+    samples,
+    t2i,
+    text,
+)
 
 
 class TestForeign:
@@ -29,7 +41,13 @@ class TestForeign:
         patcher = comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
         vae = type("OtherVAE", (), {"latent_channels": 16, "encode": None, "decode": None})()
         four, other = torch.ones(1, 4, 8, 8), torch.ones(1, 16, 1, 8, 8)
-        return (patcher, [[torch.ones(1, 77, 768), {"pooled_output": None}]], vae, {"samples": four}, {"samples": other})
+        return (
+            patcher,
+            [[torch.ones(1, 77, 768), {"pooled_output": None}]],
+            vae,
+            {"samples": four},
+            {"samples": other},
+        )
 
 
 def with_foreign(graph, change):
@@ -93,22 +111,66 @@ REFUSED = {
         "sampler",
         "64x64.*encoded as 304x224.*LATENT output of Lance Vision Encode",
     ),
-    "stock sampler, too": (ksampler({**edit(), "latent": t2i()["latent"]}), "sampler", "connect the LATENT output"),
-    "video latent for an image": (lance({**t2i(), "latent": EMPTY}), "sampler", "encoded for an image: set Lance Text Encode's target"),
+    "stock sampler, too": (
+        ksampler({**edit(), "latent": t2i()["latent"]}),
+        "sampler",
+        "connect the LATENT output",
+    ),
+    "video latent for an image": (
+        lance({**t2i(), "latent": EMPTY}),
+        "sampler",
+        "encoded for an image: set Lance Text Encode's target",
+    ),
     "latent too large": (
         ksampler({**t2i(), "small": t2i(width=256, height=256)["latent"], "latent": LARGE}),
         "sampler",
         "1024 pixels.*smaller and upscale",
     ),
-    "another model": (with_foreign(lance(t2i()), {"sampler.model": 0}), "sampler", "connect the MODEL of Lance Loader"),
-    "another conditioning": (with_foreign(lance(t2i()), {"sampler.positive": 1}), "sampler", "encode the prompt with Lance Text Encode"),
-    "another negative": (with_foreign(ksampler(t2i()), {"sampler.negative": 1}), "sampler", "encode the prompt with Lance Text Encode"),
-    "another VAE for a picture": (with_foreign(edit(), {"vision.vae": 2}), "vision", "not Wan2.2's: connect the VAE of Lance Loader"),
-    "another VAE for a start image": (with_foreign(i2v(), {"latent.vae": 2}), "latent", "connect the VAE of Lance Loader"),
-    "another VAE to decode with": (with_foreign(decode(t2i()), {"decoded.vae": 2}), "decoded", "connect the VAE of Lance Loader"),
-    "another latent": (with_foreign(lance(t2i()), {"sampler.latent": 4}), "sampler", "use Empty Lance Latent"),
-    "another latent for a stock sampler": (with_foreign(ksampler(t2i()), {"sampler.latent_image": 4}), "sampler", "use Empty Lance Latent"),
-    "another latent to decode": (with_foreign(decode(t2i()), {"decoded.samples": 3}), "decoded", "48 channels.*sampler"),
+    "another model": (
+        with_foreign(lance(t2i()), {"sampler.model": 0}),
+        "sampler",
+        "connect the MODEL of Lance Loader",
+    ),
+    "another conditioning": (
+        with_foreign(lance(t2i()), {"sampler.positive": 1}),
+        "sampler",
+        "encode the prompt with Lance Text Encode",
+    ),
+    "another negative": (
+        with_foreign(ksampler(t2i()), {"sampler.negative": 1}),
+        "sampler",
+        "encode the prompt with Lance Text Encode",
+    ),
+    "another VAE for a picture": (
+        with_foreign(edit(), {"vision.vae": 2}),
+        "vision",
+        "not Wan2.2's: connect the VAE of Lance Loader",
+    ),
+    "another VAE for a start image": (
+        with_foreign(i2v(), {"latent.vae": 2}),
+        "latent",
+        "connect the VAE of Lance Loader",
+    ),
+    "another VAE to decode with": (
+        with_foreign(decode(t2i()), {"decoded.vae": 2}),
+        "decoded",
+        "connect the VAE of Lance Loader",
+    ),
+    "another latent": (
+        with_foreign(lance(t2i()), {"sampler.latent": 4}),
+        "sampler",
+        "use Empty Lance Latent",
+    ),
+    "another latent for a stock sampler": (
+        with_foreign(ksampler(t2i()), {"sampler.latent_image": 4}),
+        "sampler",
+        "use Empty Lance Latent",
+    ),
+    "another latent to decode": (
+        with_foreign(decode(t2i()), {"decoded.samples": 3}),
+        "decoded",
+        "48 channels.*sampler",
+    ),
     "empty prompt": (changed(t2i(), "text", prompt="  "), "text", "prompt is empty.*say what is wanted"),
     "empty question": (question(" "), "answer", "question is empty"),
     "question to text encode": (
@@ -116,22 +178,52 @@ REFUSED = {
         "text",
         "role 'question': connect it to Lance Understand",
     ),
-    "edit source to understand": (changed(question(), "vision", role="edit source", vae=["loader", 2]), "answer", "set it to 'question'"),
+    "edit source to understand": (
+        changed(question(), "vision", role="edit source", vae=["loader", 2]),
+        "answer",
+        "set it to 'question'",
+    ),
     "another loader's vision": (
-        changed({**edit(), "video": node("LanceLoader", checkpoint=VIDEO_CHECKPOINT, weight_dtype="default")}, "text", lance=["video", 1]),
+        changed(
+            {**edit(), "video": node("LanceLoader", checkpoint=VIDEO_CHECKPOINT, weight_dtype="default")},
+            "text",
+            lance=["video", 1],
+        ),
         "text",
         "use one Lance Loader for both",
     ),
     "two pictures to edit": (two_pictures(edit()), "vision", "only subject references can be appended"),
-    "another role than before": (changed(two_pictures(edit()), "first", role="subject reference"), "vision", "use one role"),
+    "another role than before": (
+        changed(two_pictures(edit()), "first", role="subject reference"),
+        "vision",
+        "use one role",
+    ),
     "no picture": (changed(edit(), "vision", image=None), "vision", "Connect an image or a video"),
     "no VAE": (changed(edit(), "vision", vae=None), "vision", "Connect a VAE"),
-    "several start images": (changed({**i2v(), "three": BATCH}, "latent", start_image=["three", 0]), "latent", "3 images.*connect one"),
-    "guidance from end to start": (lance(t2i(), cfg_start=0.2, cfg_end=0.6), "sampler", "cfg_end 0.6 is above cfg_start 0.2"),
-    "no such checkpoint": (changed(t2i(), "loader", checkpoint="Lance_9B"), "loader", "Lance_9B.*(models/lance|not in)"),
+    "several start images": (
+        changed({**i2v(), "three": BATCH}, "latent", start_image=["three", 0]),
+        "latent",
+        "3 images.*connect one",
+    ),
+    "guidance from end to start": (
+        lance(t2i(), cfg_start=0.2, cfg_end=0.6),
+        "sampler",
+        "cfg_end 0.6 is above cfg_start 0.2",
+    ),
+    "no such checkpoint": (
+        changed(t2i(), "loader", checkpoint="Lance_9B"),
+        "loader",
+        "Lance_9B.*(models/lance|not in)",
+    ),
     "concatenated prompts": (
         lance(
-            {**t2i(), "both": node("ConditioningConcat", conditioning_to=["text", 0], conditioning_from=["text", 1])}, positive=["both", 0]
+            {
+                **t2i(),
+                "both": node(
+                    "ConditioningConcat", conditioning_to=["text", 0], conditioning_from=["text", 1]
+                ),
+            },
+            positive=["both", 0],
         ),
         "sampler",
         "cannot be concatenated.*Combine",
@@ -147,7 +239,10 @@ def test_refused_with_a_way_out(comfy, name):
         comfy.run(graph, [(at, 0)])
     if isinstance(caught.value, NodeFailedError):
         said = caught.value.message
-        assert caught.value.data["exception_type"].rpartition(".")[2] in ("RequestError", "CheckpointError"), caught.value
+        assert caught.value.data["exception_type"].rpartition(".")[2] in (
+            "RequestError",
+            "CheckpointError",
+        ), caught.value
     else:
         said = str(caught.value.node_errors)
     assert re.search(words, said, re.DOTALL), said
@@ -160,7 +255,11 @@ def test_no_checkpoint_at_all(comfy, monkeypatch, tmp_path):
     with pytest.raises(RejectedError) as caught:
         comfy.run(changed(t2i(), "loader", checkpoint=""), [("loader", 0)])
     said = str(caught.value.node_errors)
-    assert "No Lance checkpoint found" in said and str(tmp_path) in said and "huggingface.co/bytedance-research/Lance" in said
+    assert (
+        "No Lance checkpoint found" in said
+        and str(tmp_path) in said
+        and "huggingface.co/bytedance-research/Lance" in said
+    )
 
 
 def test_damaged_checkpoint(comfy, monkeypatch, tmp_path):
@@ -188,7 +287,9 @@ def test_a_refusal_changes_nothing(comfy):
 
 def test_mask_of_another_image(comfy):
     graph = {**edit(), "other": node("SolidMask", value=0.5, width=32, height=32)}
-    with pytest.raises(NodeFailedError, match="The mask is 32x32 and the image .*connect the mask of the same image"):
+    with pytest.raises(
+        NodeFailedError, match="The mask is 32x32 and the image .*connect the mask of the same image"
+    ):
         comfy.run(changed(graph, "vision", mask=["other", 0]), [("vision", 0)])
 
 

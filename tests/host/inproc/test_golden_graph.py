@@ -60,7 +60,7 @@ def _decode(ids, checkpoint):
     root = str(graphs.GOLDEN.parents[1])
     sys.path.append(root)
     try:
-        from lance_core.prompts import Tokenizer
+        from lance_core.inputs.tokenizer import Tokenizer
     finally:
         sys.path.remove(root)
     tokenizer = Tokenizer.from_folder(graphs.GOLDEN / "checkpoint" / checkpoint)

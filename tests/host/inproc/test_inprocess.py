@@ -22,7 +22,10 @@ def test_results_are_cached_until_forgotten(comfy):
 
 def test_bad_workflows_are_rejected(comfy):
     with pytest.raises(RejectedError, match="Value 0 smaller than min"):
-        comfy.value({"1": {"class_type": "EmptyLatentImage", "inputs": {"width": 0, "height": 32, "batch_size": 1}}}, "1")
+        comfy.value(
+            {"1": {"class_type": "EmptyLatentImage", "inputs": {"width": 0, "height": 32, "batch_size": 1}}},
+            "1",
+        )
 
 
 def test_a_failing_node_raises_what_it_said(comfy):

@@ -1,4 +1,6 @@
-"""What goes where when memory is short: the generation expert before the understanding expert, in the host's own accounts."""
+"""What goes where when memory is short: the generation expert before the understanding expert, in the host's
+own accounts.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ def wanted(comfy):
 
 @pytest.fixture
 def card(comfy, monkeypatch):
-    """(gigabytes) -> patchers of both experts, loaded from now on as on a card of that size, as if the generation expert had 4 GB.
+    """(gigabytes) -> patchers of both experts, loaded from now on as on a card of that size, as if the
+    generation expert had 4 GB.
 
     The accounts are the host's own; what is faked is the device they are of.
     """
@@ -33,7 +36,9 @@ def card(comfy, monkeypatch):
 
         for patcher in (main, und):
             monkeypatch.setattr(patcher, "size", int(patcher.size * scale))
-            monkeypatch.setattr(patcher, "load_device", torch.device("cpu", 0))  # not the one that the host takes to be no card
+            monkeypatch.setattr(
+                patcher, "load_device", torch.device("cpu", 0)
+            )  # not the one that the host takes to be no card
         monkeypatch.setattr(mm, "get_free_memory", free)
         monkeypatch.setattr(mm, "module_size", lambda module: int(size(module) * scale))
         monkeypatch.setattr(mm, "is_device_cpu", lambda device: False)
@@ -53,7 +58,9 @@ def test_the_understanding_expert_gives_way(comfy, wanted, card, gigabytes, answ
     main, und = card(gigabytes)
     if answered_before:
         comfy.value(question(), "answer")
-        assert und.loaded_size() > 0.5 * min(und.size, gigabytes * GB), "for a question it may take what there is"
+        assert und.loaded_size() > 0.5 * min(und.size, gigabytes * GB), (
+            "for a question it may take what there is"
+        )
     for seed in (7, 8, 7):  # and again, with what the first time has left behind
         found = samples(comfy, lance(t2i(), seed=seed))
         generation, understanding = main.loaded_size() / main.size, und.loaded_size() / und.size

@@ -24,7 +24,10 @@ def test_progress_is_told(comfy, monkeypatch):
     from comfy import utils
     from protocol import BinaryEventTypes
 
-    for limit in ("PROGRESS_THROTTLE_MIN_INTERVAL", "PROGRESS_THROTTLE_MIN_PERCENT"):  # newer hosts keep quiet between quick steps
+    for limit in (
+        "PROGRESS_THROTTLE_MIN_INTERVAL",
+        "PROGRESS_THROTTLE_MIN_PERCENT",
+    ):  # newer hosts keep quiet between quick steps
         monkeypatch.setattr(utils, limit, 0, raising=False)
     comfy.forget()
     asked = question(tokens=5)
@@ -83,10 +86,15 @@ class Stopper:
         monkeypatch.setattr(owner, name, counting)
 
 
-# Which graph, its node, and the attention call (three layers each; 1 to 6 are the context's, of two blocks) to interrupt in.
+# Which graph, its node, and the attention call (three layers each; 1 to 6 are the context's, of two blocks)
+# to interrupt in.
 ATTENTION = {
     "prefill": (lambda: lance(t2i(), seed=60), "sampler", 2),
-    "prefill of the second branch": (lambda: lance(t2i(negative="rain, snow and hail"), seed=60), "sampler", 5),
+    "prefill of the second branch": (
+        lambda: lance(t2i(negative="rain, snow and hail"), seed=60),
+        "sampler",
+        5,
+    ),
     "denoising": (lambda: lance(t2i(), seed=60), "sampler", 14),
     "custom sampling": (lambda: guided(t2i("custom")), "sampler", 14),
     "vision": (lambda: edit("for vision", "alpha.png"), "vision", 2),

@@ -1,4 +1,6 @@
-"""Quantised layers on their own, in the host's patchers: the core's numbers, LoRAs whatever way they come, and the memory they take."""
+"""Quantised layers on their own, in the host's patchers: the core's numbers, LoRAs whatever way they come,
+and the memory they take.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ class Two(nn.Module):
 
 @pytest.fixture
 def modules(comfy):
-    return tuple(small.module(comfy, name) for name in ("nodes.host", "nodes.quant", "lance_core.quantize"))
+    return tuple(
+        small.module(comfy, name) for name in ("nodes.host", "nodes.quant", "lance_core.checkpoint.quantize")
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +43,9 @@ def inference():
 def build(comfy, modules, monkeypatch):
     """(format, dtype) -> patcher of a `Two` with such layers, and the same in the core."""
     host, quant, core = modules
-    monkeypatch.setattr(comfy.server, "last_prompt_id", "", raising=False)  # as in a server, for the progress bar
+    monkeypatch.setattr(
+        comfy.server, "last_prompt_id", "", raising=False
+    )  # as in a server, for the progress bar
 
     def made(name: str, dtype=torch.float32):
         form, generator = core.FORMATS[name], torch.Generator().manual_seed(1)
@@ -71,7 +77,10 @@ def loras(strength: float = 0.3):
 
     generator, patches, added = torch.Generator().manual_seed(3), {}, {}
     for layer, (rows, columns) in {"first": (NARROW, WIDE), "second": (WIDE, NARROW)}.items():
-        a, b = torch.randn(4, columns, generator=generator) / 30, torch.randn(rows, 4, generator=generator) / 30
+        a, b = (
+            torch.randn(4, columns, generator=generator) / 30,
+            torch.randn(rows, 4, generator=generator) / 30,
+        )
         patches[f"{layer}.weight"] = LoRAAdapter(set(), (b, a, 4.0, None, None, None))
         added[layer] = strength * b @ a
     return patches, added
@@ -112,7 +121,9 @@ def test_the_hosts_own_layers_where_it_has_them(comfy, modules, build, name):
     from comfy.quant_ops import QUANT_ALGOS
 
     assert type(layer) is quant.host_linear(torch.float32)
-    assert layer.quant_format in QUANT_ALGOS or name not in ("fp8", "nvfp4"), "every host with such layers has kernels for these"
+    assert layer.quant_format in QUANT_ALGOS or name not in ("fp8", "nvfp4"), (
+        "every host with such layers has kernels for these"
+    )
     known = QUANT_ALGOS.get(layer.quant_format, {"comfy_tensor_layout": f"Lance{name}"})
     assert layer.weight._layout_cls == known["comfy_tensor_layout"]
 
@@ -130,7 +141,9 @@ def test_loras_in_every_way_of_loading(comfy, build, monkeypatch, name, share):
     assert small.away(wanted, before) > 0.01
     if share is None:
         found = run(patched, inputs())
-        assert sum(p.nbytes for p in patcher.model.parameters()) == held, "a patched weight takes no more memory"
+        assert sum(p.nbytes for p in patcher.model.parameters()) == held, (
+            "a patched weight takes no more memory"
+        )
     else:
         with small.partial_loading(monkeypatch, share) as left:
             found = run(patched, inputs())
@@ -158,7 +171,9 @@ def test_loras_left_by_dynamic_loading(modules, build, name):
     kept = patcher.model.first.weight.dequantize()
     for _ in range(2):
         assert small.away(patcher.model(inputs()), merged(plain, added)(inputs())) < 1e-5
-    assert torch.equal(patcher.model.first.weight.dequantize(), kept), "the weight itself is not rounded again"
+    assert torch.equal(patcher.model.first.weight.dequantize(), kept), (
+        "the weight itself is not rounded again"
+    )
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -183,7 +198,9 @@ def test_another_packs_patcher(build, name):
 
     patcher, plain = build(name)
     before = run(patcher, inputs())
-    theirs = comfy.model_patcher.ModelPatcher(patcher.model, patcher.load_device, patcher.offload_device, size=patcher.model_size())
+    theirs = comfy.model_patcher.ModelPatcher(
+        patcher.model, patcher.load_device, patcher.offload_device, size=patcher.model_size()
+    )
     patches, added = loras()
     theirs.add_patches(patches, 0.3)
     assert small.away(run(theirs, inputs()), merged(plain, added)(inputs())) < 1e-5
@@ -193,7 +210,9 @@ def test_another_packs_patcher(build, name):
 
 @pytest.mark.parametrize("name", ["int8", "nvfp4"])
 def test_hooks_change_a_lora_between_conditionings(build, name):
-    """As the sampler does it with a hook on one conditioning: on, off, and on again, from the host's cache where it has one."""
+    """As the sampler does it with a hook on one conditioning: on, off, and on again, from the host's cache
+    where it has one.
+    """
     import comfy.hooks
 
     patcher, plain = build(name)
@@ -225,7 +244,11 @@ def test_behaviour_stays_in_the_hosts_plain_clones(modules, build):
         n.__class__ = comfy.model_patcher.ModelPatcher
         return n
 
-    patcher.__class__ = type(type(patcher).__name__, (modules[1].PatchesInForward, plainly, comfy.model_patcher.ModelPatcher), {})
+    patcher.__class__ = type(
+        type(patcher).__name__, (modules[1].PatchesInForward, plainly, comfy.model_patcher.ModelPatcher), {}
+    )
     made = patcher.clone(disable_dynamic=True)
-    assert isinstance(made, modules[1].PatchesInForward) and isinstance(made, comfy.model_patcher.ModelPatcher)
+    assert isinstance(made, modules[1].PatchesInForward) and isinstance(
+        made, comfy.model_patcher.ModelPatcher
+    )
     assert made.model is patcher.model

@@ -10,12 +10,26 @@ import pytest
 import torch
 from graphs import GOLDEN, node
 from safetensors.torch import load_file, save_file
-from small import CHECKPOINT, MODEL, advanced, away, edit, i2v, ksampler, lance, module, question, samples, t2i, text
+from small import (
+    CHECKPOINT,
+    MODEL,
+    advanced,
+    away,
+    edit,
+    i2v,
+    ksampler,
+    lance,
+    module,
+    question,
+    samples,
+    t2i,
+    text,
+)
 
 POSITIVE, NEGATIVE = ["text", 0], ["text", 1]
 
 
-# -- samplers and guiders -------------------------------------------------------------------------------------------
+# -- samplers and guiders ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -28,22 +42,46 @@ def solution(comfy):
 def test_ksampler_solves_the_flow(comfy, solution, sampler):
     """Higher orders come nearer to the solution than euler does in as many steps."""
     euler = away(samples(comfy, ksampler(t2i(), cfg=1.0, steps=30)), solution)
-    assert away(samples(comfy, ksampler(t2i(), cfg=1.0, steps=30, sampler_name=sampler)), solution) < 0.95 * euler < 0.04
+    assert (
+        away(samples(comfy, ksampler(t2i(), cfg=1.0, steps=30, sampler_name=sampler)), solution)
+        < 0.95 * euler
+        < 0.04
+    )
 
 
-@pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_2m", "res_multistep"])  # KSampler gives uni_pc a schedule of its own
+@pytest.mark.parametrize(
+    "sampler", ["euler", "heun", "dpmpp_2m", "res_multistep"]
+)  # KSampler gives uni_pc a schedule of its own
 def test_ksampler_and_custom_advanced_agree(comfy, sampler):
-    graph = advanced(t2i(), node("CFGGuider", model=MODEL, positive=POSITIVE, negative=NEGATIVE, cfg=4.0), sampler, "RandomNoise")
+    graph = advanced(
+        t2i(),
+        node("CFGGuider", model=MODEL, positive=POSITIVE, negative=NEGATIVE, cfg=4.0),
+        sampler,
+        "RandomNoise",
+    )
     graph["sigmas"] = node("BasicScheduler", model=MODEL, scheduler="simple", steps=4, denoise=1.0)
     assert away(samples(comfy, graph), samples(comfy, ksampler(t2i(), steps=4, sampler_name=sampler))) < 1e-6
 
 
 def test_stock_guiders_guide_as_lance_sampler_does(comfy):
-    """Lance Sampler's numbers are the golden ones; the stock guiders are its guidance without renormalisation, and none."""
+    """Lance Sampler's numbers are the golden ones; the stock guiders are its guidance without
+    renormalisation, and none.
+    """
     guided = samples(comfy, lance(t2i(), renorm="none"))
     both = {"model": MODEL, "negative": NEGATIVE}
-    assert away(samples(comfy, advanced(t2i(), node("CFGGuider", **both, positive=POSITIVE, cfg=4.0))), guided) < 1e-5
-    dual = node("DualCFGGuider", **both, cond1=POSITIVE, cond2=NEGATIVE, cfg_conds=4.0, cfg_cond2_negative=1.0, style="regular")
+    assert (
+        away(samples(comfy, advanced(t2i(), node("CFGGuider", **both, positive=POSITIVE, cfg=4.0))), guided)
+        < 1e-5
+    )
+    dual = node(
+        "DualCFGGuider",
+        **both,
+        cond1=POSITIVE,
+        cond2=NEGATIVE,
+        cfg_conds=4.0,
+        cfg_cond2_negative=1.0,
+        style="regular",
+    )
     assert away(samples(comfy, advanced(t2i(), dual)), guided) < 1e-5
     basic = samples(comfy, advanced(t2i(), node("BasicGuider", model=MODEL, conditioning=POSITIVE)))
     assert away(basic, samples(comfy, lance(t2i(), cfg=1.0))) < 1e-6
@@ -51,7 +89,11 @@ def test_stock_guiders_guide_as_lance_sampler_does(comfy):
 
 
 def test_dual_guidance_over_three_prompts(comfy):
-    graph = {**t2i(), "other": text("a blue boat"), "plain": node("ConditioningZeroOut", conditioning=["other", 0])}
+    graph = {
+        **t2i(),
+        "other": text("a blue boat"),
+        "plain": node("ConditioningZeroOut", conditioning=["other", 0]),
+    }
     dual = node(
         "DualCFGGuider",
         model=MODEL,
@@ -78,7 +120,7 @@ def test_denoise_starts_from_the_latent(comfy):
     assert 0.01 < away(samples(comfy, graph), first) < away(samples(comfy, ksampler(t2i(), seed=1)), first)
 
 
-# -- patches of the model -------------------------------------------------------------------------------------------
+# -- patches of the model ------------------------------------------------------------------------------------
 
 
 def test_model_sampling_sd3(comfy):
@@ -120,7 +162,10 @@ def loras(base, tmp_path_factory):
         weights, lora = load_file(folder / "model.safetensors"), {}
         for path, key in changed.items():
             rows, columns = weights[key].shape
-            a, b = torch.randn(4, columns, generator=generator) / 8, torch.randn(rows, 4, generator=generator) / 8
+            a, b = (
+                torch.randn(4, columns, generator=generator) / 8,
+                torch.randn(rows, 4, generator=generator) / 8,
+            )
             lora |= {f"diffusion_model.{path}.lora_A.weight": a, f"diffusion_model.{path}.lora_B.weight": b}
             weights[key] = (weights[key].float() + 0.8 * b @ a).to(torch.float32)
         save_file(weights, folder / "model.safetensors")
@@ -134,7 +179,12 @@ def test_lora_is_what_it_would_be_merged(comfy, loras, expert):
     plain = samples(comfy, lance(t2i()))
 
     def with_lora(strength):
-        graph = {**t2i(), "lora": node("LoraLoaderModelOnly", model=MODEL, lora_name=f"{expert}.safetensors", strength_model=strength)}
+        graph = {
+            **t2i(),
+            "lora": node(
+                "LoraLoaderModelOnly", model=MODEL, lora_name=f"{expert}.safetensors", strength_model=strength
+            ),
+        }
         return samples(comfy, lance(graph, model=["lora", 0], seed=7))
 
     merged = t2i()
@@ -143,7 +193,8 @@ def test_lora_is_what_it_would_be_merged(comfy, loras, expert):
     assert away(changed, plain) > 0.01
     assert away(changed, samples(comfy, lance(merged))) < 1e-5
     assert torch.equal(with_lora(0.0), plain)
-    # No context of the changed weights is left, nor any changed weight: same request, another seed in between.
+    # No context of the changed weights is left, nor any changed weight: same request, another seed in
+    # between.
     samples(comfy, lance(t2i(), seed=8))
     comfy._executor.reset()
     assert torch.equal(samples(comfy, lance(t2i())), plain)
@@ -156,7 +207,9 @@ def test_lora_as_a_conditioning_hook_is_what_it_would_be_merged(comfy, loras):
     graph = t2i()
     graph["hook"] = node("CreateHookLoraModelOnly", lora_name="gen.safetensors", strength_model=0.8)
     pair = {"positive_NEW": ["text", 0], "negative_NEW": ["text", 1]}
-    graph["hooked"] = node("PairConditioningSetProperties", **pair, hooks=["hook", 0], strength=1.0, set_cond_area="default")
+    graph["hooked"] = node(
+        "PairConditioningSetProperties", **pair, hooks=["hook", 0], strength=1.0, set_cond_area="default"
+    )
     hooked = ksampler(graph, positive=["hooked", 0], negative=["hooked", 1])
     assert away(samples(comfy, hooked), samples(comfy, ksampler(merged))) < 1e-5
     assert away(samples(comfy, hooked), samples(comfy, ksampler(t2i()))) > 0.01
@@ -165,7 +218,10 @@ def test_lora_as_a_conditioning_hook_is_what_it_would_be_merged(comfy, loras):
 def test_lora_leaves_understanding_alone(comfy, loras):
     """A LoRA on the understanding expert belongs to the MODEL it was put on; LANCE answers as before."""
     answer = comfy.value(question(), "answer")
-    graph = {**t2i(), "lora": node("LoraLoaderModelOnly", model=MODEL, lora_name="und.safetensors", strength_model=1.0)}
+    graph = {
+        **t2i(),
+        "lora": node("LoraLoaderModelOnly", model=MODEL, lora_name="und.safetensors", strength_model=1.0),
+    }
     samples(comfy, lance(graph, model=["lora", 0], seed=11))
     again = question()
     again["answer"]["inputs"]["seed"] = 1  # greedy: only there to run it again
@@ -173,7 +229,10 @@ def test_lora_leaves_understanding_alone(comfy, loras):
 
 
 def easycache(threshold: float, batch: int):
-    graph = {**t2i(batch=batch), "easy": node("EasyCache", model=MODEL, reuse_threshold=threshold, start_percent=0.0, end_percent=1.0)}
+    graph = {
+        **t2i(batch=batch),
+        "easy": node("EasyCache", model=MODEL, reuse_threshold=threshold, start_percent=0.0, end_percent=1.0),
+    }
     graph["easy"]["inputs"]["verbose"] = False
     return graph
 
@@ -191,13 +250,21 @@ def test_easycache(comfy, caplog, batch):
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_torch_compile(comfy, tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # what another torch has compiled here may not suit this one
+    monkeypatch.setenv(
+        "TORCHINDUCTOR_CACHE_DIR", str(tmp_path)
+    )  # what another torch has compiled here may not suit this one
     graph = {**t2i(), "compiled": node("TorchCompileModel", model=MODEL, backend="inductor")}
     for cfg in (1.0, 4.0):
-        assert away(samples(comfy, lance(graph, model=["compiled", 0], cfg=cfg)), samples(comfy, lance(t2i(), cfg=cfg))) < 1e-4
+        assert (
+            away(
+                samples(comfy, lance(graph, model=["compiled", 0], cfg=cfg)),
+                samples(comfy, lance(t2i(), cfg=cfg)),
+            )
+            < 1e-4
+        )
 
 
-# -- conditioning ---------------------------------------------------------------------------------------------------
+# -- conditioning --------------------------------------------------------------------------------------------
 
 
 def test_zero_out_is_the_trained_negative(comfy):
@@ -213,7 +280,10 @@ def test_zero_out_is_the_trained_negative(comfy):
 def test_combine_is_the_mean(comfy):
     graph = {**t2i(), "other": text("a blue boat")}
     graph["both"] = node("ConditioningCombine", conditioning_1=POSITIVE, conditioning_2=["other", 0])
-    one, two, both = (samples(comfy, lance(graph, positive=c, cfg=1.0, steps=1)) for c in (POSITIVE, ["other", 0], ["both", 0]))
+    one, two, both = (
+        samples(comfy, lance(graph, positive=c, cfg=1.0, steps=1))
+        for c in (POSITIVE, ["other", 0], ["both", 0])
+    )
     assert away(both, (one + two) / 2) < 1e-5
     assert away(one, two) > 1e-3
 
@@ -231,29 +301,41 @@ def test_timestep_ranges_hand_over(comfy):
     by_hand["then"] = node("BasicGuider", model=MODEL, conditioning=["other", 0])
     by_hand["silence"] = node("DisableNoise")
     by_hand["second"] = node("SamplerCustomAdvanced", **by_hand["sampler"]["inputs"])
-    by_hand["second"]["inputs"] |= {"noise": ["silence", 0], "guider": ["then", 0], "sigmas": ["split", 1], "latent_image": ["sampler", 0]}
+    by_hand["second"]["inputs"] |= {
+        "noise": ["silence", 0],
+        "guider": ["then", 0],
+        "sigmas": ["split", 1],
+        "latent_image": ["sampler", 0],
+    }
     assert away(found, samples(comfy, by_hand, "second")) < 1e-4
 
 
 def test_areas(comfy):
-    # Stock nodes count eight pixels a cell, as for other models: 128 of them are all of this latent's 16 columns.
+    # Stock nodes count eight pixels a cell, as for other models: 128 of them are all of this latent's 16
+    # columns.
     graph = t2i(width=256, height=128)
-    graph["left"] = node("ConditioningSetArea", conditioning=POSITIVE, width=128, height=64, x=0, y=0, strength=1.0)
+    graph["left"] = node(
+        "ConditioningSetArea", conditioning=POSITIVE, width=128, height=64, x=0, y=0, strength=1.0
+    )
     plain = samples(comfy, lance(graph, cfg=1.0))
     assert away(samples(comfy, lance(graph, positive=["left", 0], cfg=1.0)), plain) < 1e-5
     graph["left"]["inputs"]["width"] = 64
     half = samples(comfy, lance(graph, positive=["left", 0], steps=1))
     assert bool(torch.isfinite(half).all())
-    assert float(half[..., 8:].abs().max()) < float(half[..., :8].abs().max())  # nothing was asked for on the right
+    assert float(half[..., 8:].abs().max()) < float(
+        half[..., :8].abs().max()
+    )  # nothing was asked for on the right
 
 
-# -- VAE ------------------------------------------------------------------------------------------------------------
+# -- VAE -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def photo():
     """128x96 of the photo in a graph, as "scaled"."""
-    scaled = node("ImageScale", image=["photo", 0], upscale_method="bilinear", width=128, height=96, crop="center")
+    scaled = node(
+        "ImageScale", image=["photo", 0], upscale_method="bilinear", width=128, height=96, crop="center"
+    )
     return {**edit(), "scaled": scaled}
 
 
@@ -272,11 +354,17 @@ def test_vae_encode_and_decode(comfy, photo):
     assert decoded.shape == (1, 96, 128, 3) and torch.equal(decoded, ours)
     tiled = {"tile_size": 64, "overlap": 32, "temporal_size": 64, "temporal_overlap": 8}
     graph["tiles"] = node("VAEDecodeTiled", samples=["encoded", 0], vae=["loader", 2], **tiled)
-    graph["whole"] = node("VAEDecodeTiled", samples=["encoded", 0], vae=["loader", 2], **{**tiled, "tile_size": 512})
-    graph["in_tiles"] = node("VAEEncodeTiled", pixels=["scaled", 0], vae=["loader", 2], **{**tiled, "overlap": 32})
+    graph["whole"] = node(
+        "VAEDecodeTiled", samples=["encoded", 0], vae=["loader", 2], **{**tiled, "tile_size": 512}
+    )
+    graph["in_tiles"] = node(
+        "VAEEncodeTiled", pixels=["scaled", 0], vae=["loader", 2], **{**tiled, "overlap": 32}
+    )
     tiles, whole, in_tiles = comfy.run(graph, [("tiles", 0), ("whole", 0), ("in_tiles", 0)]).values
     assert away(whole, decoded) < 1e-5
-    assert 0.6 < alike(tiles, decoded) < 1  # a tile here is four cells, and random weights blend everything they see
+    assert (
+        0.6 < alike(tiles, decoded) < 1
+    )  # a tile here is four cells, and random weights blend everything they see
     assert in_tiles["samples"].shape == latent.shape
     assert alike(in_tiles["samples"], latent) > 0.8
 
@@ -308,14 +396,25 @@ def test_vae_save(comfy, base):
     assert all(torch.equal(written[k].float(), released[k].float()) for k in released)
 
 
-# -- latents --------------------------------------------------------------------------------------------------------
+# -- latents -------------------------------------------------------------------------------------------------
 
 
 def test_wan_image_to_video_latent(comfy):
-    graph = {**i2v(), "scaled": node("ImageScale", image=["photo", 0], upscale_method="bilinear", width=96, height=64, crop="center")}
+    graph = {
+        **i2v(),
+        "scaled": node(
+            "ImageScale", image=["photo", 0], upscale_method="bilinear", width=96, height=64, crop="center"
+        ),
+    }
     graph["latent"]["inputs"]["start_image"] = ["scaled", 0]
     graph["wan"] = node(
-        "Wan22ImageToVideoLatent", vae=["loader", 2], width=96, height=64, length=9, batch_size=1, start_image=["scaled", 0]
+        "Wan22ImageToVideoLatent",
+        vae=["loader", 2],
+        width=96,
+        height=64,
+        length=9,
+        batch_size=1,
+        start_image=["scaled", 0],
     )
     ours, theirs = comfy.run(graph, [("latent", 0), ("wan", 0)]).values
     # Ours goes by the picture's 8 bits, as the released code does.
@@ -334,7 +433,9 @@ def test_inpainting_keeps_what_is_masked_out(comfy, photo, sampler):
         "encoded": node("VAEEncode", pixels=["scaled", 0], vae=["loader", 2]),
         "black": node("SolidMask", value=0.0, width=128, height=96),
         "white": node("SolidMask", value=1.0, width=64, height=96),
-        "mask": node("MaskComposite", destination=["black", 0], source=["white", 0], x=64, y=0, operation="add"),
+        "mask": node(
+            "MaskComposite", destination=["black", 0], source=["white", 0], x=64, y=0, operation="add"
+        ),
         "latent": node("SetLatentNoiseMask", samples=["encoded", 0], mask=["mask", 0]),
     }
     before = samples(comfy, graph, "encoded")
@@ -351,7 +452,7 @@ def test_repeated_latents_are_a_batch(comfy):
     assert away(samples(comfy, lance(graph, latent=["second", 0])), found[1:]) < 1e-5
 
 
-# -- files and text -------------------------------------------------------------------------------------------------
+# -- files and text ------------------------------------------------------------------------------------------
 
 
 def test_videos_survive_a_round_trip(comfy, base):
@@ -359,7 +460,9 @@ def test_videos_survive_a_round_trip(comfy, base):
     graph["decoded"] = node("LanceVAEDecode", samples=["sampler", 0], vae=["loader", 2])
     graph["made"] = node("CreateVideo", images=["decoded", 0], fps=12.0)
     for name, link in (("theirs", ["made", 0]), ("ours", ["decoded", 1])):
-        graph[f"save_{name}"] = node("SaveVideo", video=link, filename_prefix=name, format="mp4", codec="h264")
+        graph[f"save_{name}"] = node(
+            "SaveVideo", video=link, filename_prefix=name, format="mp4", codec="h264"
+        )
     images, made, ours = comfy.run(graph, [("decoded", 0), ("made", 0), ("decoded", 1)]).values
     made, ours = made.get_components(), ours.get_components()
     assert torch.equal(made.images, ours.images) and made.frame_rate == ours.frame_rate
@@ -367,7 +470,10 @@ def test_videos_survive_a_round_trip(comfy, base):
     for name in ("theirs", "ours"):
         (saved,) = (base / "output").glob(f"{name}*.mp4")
         shutil.copy(saved, base / "input" / f"{name}.mp4")
-        loaded = {"load": node("LoadVideo", file=f"{name}.mp4"), "parts": node("GetVideoComponents", video=["load", 0])}
+        loaded = {
+            "load": node("LoadVideo", file=f"{name}.mp4"),
+            "parts": node("GetVideoComponents", video=["load", 0]),
+        }
         again, _, fps = comfy.run(loaded, [("parts", 0), ("parts", 1), ("parts", 2)]).values
         assert fps == 12 and again.shape == images.shape
         assert alike(again, images) > 0.4  # a random model's video is noise, which h264 keeps little of
@@ -392,4 +498,4 @@ def test_pictures_and_answers_are_shown(comfy, base):
 
 
 def test_the_module_helper_finds_the_pack(comfy):
-    assert module(comfy, "lance_core.cache").Context is not None
+    assert module(comfy, "lance_core.model.kv_cache").Context is not None

@@ -1,4 +1,6 @@
-"""Converted files and downloads through Lance Loader: same sockets, LoRAs and partial loading as the released folders."""
+"""Converted files and downloads through Lance Loader: same sockets, LoRAs and partial loading as the released
+folders.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ def files(comfy, base):
     """One converted file a dtype, in models/lance_files, registered as a second lance folder."""
     import folder_paths
 
-    convert = small.module(comfy, "lance_core.convert").convert
+    convert = small.module(comfy, "lance_core.checkpoint.convert").convert
     folder = Path(base) / "models" / "lance_files"
     folder.mkdir()
     for dtype in DRIFT:
@@ -61,13 +63,21 @@ def test_quantised_layers_take_loras_and_partial_loading(comfy, files, tmp_path,
 
     name = f"{dtype}.safetensors"
     plain = latent(comfy, name)
-    a, b = torch.randn(4, 64, generator=torch.Generator().manual_seed(0)), torch.randn(64, 4, generator=torch.Generator().manual_seed(1))
+    a, b = (
+        torch.randn(4, 64, generator=torch.Generator().manual_seed(0)),
+        torch.randn(64, 4, generator=torch.Generator().manual_seed(1)),
+    )
     layer = "diffusion_model.layers.1.self_attn.q_proj"
     (tmp_path / "loras").mkdir()
-    save_file({f"{layer}.lora_A.weight": a, f"{layer}.lora_B.weight": b * 0.2}, tmp_path / "loras" / "quant.safetensors")
+    save_file(
+        {f"{layer}.lora_A.weight": a, f"{layer}.lora_B.weight": b * 0.2},
+        tmp_path / "loras" / "quant.safetensors",
+    )
     folder_paths.add_model_folder_path("loras", str(tmp_path / "loras"))
     with_lora = graph(name)
-    with_lora["lora"] = node("LoraLoaderModelOnly", model=["loader", 0], lora_name="quant.safetensors", strength_model=1.0)
+    with_lora["lora"] = node(
+        "LoraLoaderModelOnly", model=["loader", 0], lora_name="quant.safetensors", strength_model=1.0
+    )
     with_lora["sampler"]["inputs"]["model"] = ["lora", 0]
     full = comfy.value(with_lora, "sampler")["samples"]
     assert drift(full, plain) > 1e-3

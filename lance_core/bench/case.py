@@ -1,0 +1,117 @@
+"""What the benchmark asks of the model: sizes, and sequences of random tokens, pictures and latents of those
+sizes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..config import CELL, LATENT_CHANNELS, LanceConfig
+from ..errors import RequestError
+from ..inputs import tasks
+from ..model.sequence import Kind, Role, Segment, Sequence
+
+OPENING, CLOSING = 40, 6  # tokens of a prompt's template before the caption and after it, about
+SEEN_SIDE = {
+    False: 7 / 8,
+    True: 0.9625,
+}  # side of what the ViT sees to what the VAE sees, of an image and of a video preset
+
+
+@dataclass(frozen=True)
+class Case:
+    """One request to measure. grid: latent cells (t, h, w); seen: the ViT's patches (t, h, w)."""
+
+    width: int
+    height: int
+    frames: int
+    batch: int
+    guidance: bool
+    edit: bool
+    context: int
+    grid: tuple[int, int, int]
+    seen: tuple[int, int, int]
+
+    @property
+    def label(self) -> str:
+        return f"{self.width}x{self.height}" + (f", {self.frames} frames" if self.frames > 1 else "")
+
+    @property
+    def tokens(self) -> int:
+        """Latent tokens of one result."""
+        return self.grid[0] * self.grid[1] * self.grid[2]
+
+    def sequence(self, config: LanceConfig) -> Sequence:
+        """A generation request, an edit's if so asked."""
+        visual = []
+        if self.edit:
+            clean = Segment(Kind.CLEAN, Role.SOURCE, grid=self.grid, data=noise(*self.grid, LATENT_CHANNELS))
+            visual = [self._seen(config, Role.SOURCE), clean]
+        context = (
+            _text(config, OPENING),
+            *visual,
+            _text(config, self.context, Role.CAPTION),
+            _text(config, CLOSING),
+        )
+        return Sequence(context, Segment(Kind.TARGET, Role.TARGET, grid=self.grid), 0, 1, 2)
+
+    def question(self, config: LanceConfig) -> Sequence:
+        """An understanding request about a picture or clip of this size."""
+        context = (
+            _text(config, OPENING),
+            self._seen(config, Role.QUESTION),
+            _text(config, self.context),
+            _text(config, CLOSING),
+        )
+        return Sequence(context, None, 0, 1, 2)
+
+    def _seen(self, config: LanceConfig, role: Role) -> Segment:
+        t, h, w = self.seen
+        merge = config.vit.spatial_merge_size if config.vit else 2
+        grid = (t, h // merge, w // merge)
+        return Segment(
+            Kind.SEEN, role, grid=grid, data=noise(grid[0] * grid[1] * grid[2], config.llm.hidden_size)
+        )
+
+
+def case_of(
+    config: LanceConfig,
+    size: str,
+    frames: int = 1,
+    *,
+    batch: int = 1,
+    guidance: bool = True,
+    edit: bool = False,
+    context: int = 100,
+) -> Case:
+    """The case of one size ("768x768") and number of frames, lowered to what the model makes.
+
+    Raises:
+        RequestError: not a size, or out of range.
+    """
+    sides = size.lower().split("x")
+    if len(sides) != 2 or not all(s.isascii() and s.isdecimal() for s in sides):
+        raise RequestError(f"size {size!r} is not WIDTHxHEIGHT in pixels, such as 768x768")
+    width, height = tasks.check_size(*map(int, sides))
+    frames = tasks.resolve_frames(frames)
+    tasks.check_count("batch", batch, 1, 64)
+    tasks.check_count("context", context, 1, 1 << 20)
+    patch, merge = (config.vit.patch_size, config.vit.spatial_merge_size) if config.vit else (14, 2)
+    unit = patch * merge
+    h, w = (max(1, int(side * SEEN_SIDE[frames > 1]) // unit) * merge for side in (height, width))
+    pairs = -(-frames // (config.vit.temporal_patch_size if config.vit else 2))
+    grid = (1 + (frames - 1) // 4, height // CELL, width // CELL)
+    return Case(width, height, frames, batch, guidance, edit, context, grid, (pairs, h, w))
+
+
+def noise(*shape: int) -> Tensor:
+    """Standard normal numbers, float32 on the CPU; the same every time."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def _text(config: LanceConfig, count: int, role: Role = Role.TEMPLATE) -> Segment:
+    ids = torch.randint(config.llm.vocab_size, (count,), generator=torch.Generator().manual_seed(count))
+    return Segment(Kind.TEXT, role, tuple(ids.tolist()))

@@ -1,0 +1,419 @@
+"""Measuring the passes of one request after the other: building random models, timing, setting times against
+what must be.
+
+bench.py and bench_suite.py decide what is measured; bench_cost.py says what each pass must cost,
+bench_baseline.py and bench_vae.py hold the procedure compared with.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoint.checkpoint import Progress
+from ..config import LATENT_CHANNELS, LanceConfig, LLMConfig
+from ..errors import RequestError
+from ..inputs import tasks
+from ..model.decoder import PIECE, compile_layers, join
+from ..model.dual_expert import DualExpert, Generation, Plan, Prepared, Understanding
+from ..model.sampler import Guidance, schedule
+from ..model.sequence import Sequence
+from ..model.side_stream import Side
+from ..model.token_loop import TokenLoop
+from ..model.vit import VisionTower
+from ..pipeline import Lance
+from ..text_generation import Chooser
+from ..vae.wan import WanVAE
+from . import cost as cost
+from .case import Case, noise
+from .device import Meter, Peak, cut_layers, free_memory, materialise, rates, synchronize
+from .profile import profile
+from .released_decoder import Baseline
+from .released_vae import BaselineVAE
+
+MEASURES = ("step", "prefill", "token", "vit", "encode", "decode")
+DECODER = ("step", "prefill", "token")
+STEPS = 30  # of the released schedule
+# seconds: passes that must take so long are timed one at a time, waiting for the device being nothing to them
+LONG = 0.1
+
+
+class Engine(Lance):
+    """`Lance.denoise` over a model that no checkpoint backs."""
+
+    def __init__(self, model: DualExpert) -> None:
+        self.model, self.progress, self._parts = model, None, {}
+
+    def experts(self, generation: bool = True) -> DualExpert:
+        return self.model
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What is measured, on what, and how long. budget: see `Meter`; compile: see `pipeline.load`; side: see
+    `decoder.run_layers`; profile: ours, too.
+    """
+
+    config: LanceConfig
+    device: torch.device
+    dtype: torch.dtype
+    repeat: int
+    baseline: bool
+    progress: Progress | None = None
+    budget: float | None = None
+    compile: bool = False
+    side: Side | None = None
+    profile: bool = False
+
+    def say(self, what: str, done: int, total: int) -> None:
+        """Report progress."""
+        if self.progress is not None:
+            self.progress(what, done, total)
+
+    def rates(self) -> dict[str, Any]:
+        """The device's measured matmul and copy rates."""
+        self.say("matmul and copy rate", 0, 1)
+        speed = rates(self.device, self.dtype)
+        self.say("matmul and copy rate", 1, 1)
+        return speed
+
+    # -- building --------------------------------------------------------------------------------------------
+
+    def memory(self, case: Case, layers: int) -> float:
+        """Bytes that the decoder, cut to `layers`, needs for a case, weights included; about, and rather too
+        many.
+        """
+        llm, size = self.config.llm, self.dtype.itemsize
+        shared, rests = self.planned(case)[1].lengths
+        held = shared + sum(rests) + case.tokens  # keys and values of every layer
+        rows, block = case.batch * (1 + case.guidance), max(case.tokens, shared + max(rests))
+        wide, stream = (
+            3 * llm.intermediate_size * size,
+            8 * llm.hidden_size * size,
+        )  # of a token, in the feed-forward and around it
+        work = rows * block * stream + min(rows * block, PIECE) * wide
+        if self.baseline:
+            held += sum(shared + rest for rest in rests)
+            work = max(work, block * (2 * stream + wide))  # one row at a time, and all of its tokens
+        each = size * (2 * cost.layer_weights(llm) + held * 2 * llm.num_kv_heads * llm.head_dim)
+        return (2 * llm.vocab_size * llm.hidden_size * size + work + layers * each) / 0.9
+
+    def fitting(self, cases: list[Case], layers: int | None) -> tuple[int, str | None]:
+        """How many layers to measure: as many as asked, or as memory holds with every case's activations. And
+        why not all.
+
+        Raises:
+            RequestError: more layers than there are, or memory for none.
+        """
+        total = self.config.llm.num_layers
+        if layers is not None:
+            tasks.check_count("layers", layers, 1, total)
+            return layers, "as asked" if layers < total else None
+        free = free_memory(self.device)
+        count = next(
+            (n for n in range(total, 0, -1) if max(self.memory(case, n) for case in cases) <= free), 0
+        )
+        if not count:
+            raise RequestError(
+                f"{free / 2**30:.1f} GiB are free on {self.device}, too few for one layer; ask for smaller "
+                "sizes or a batch of 1"
+            )
+        return count, f"{free / 2**30:.1f} GiB free hold {count} layers of {total}" if count < total else None
+
+    def decoder(self, layers: int, generation: bool = True) -> DualExpert:
+        """Both experts (or understanding alone), `layers` deep, with random weights."""
+        llm = replace(self.config.llm, num_layers=layers)
+        experts: list[nn.Module | None] = [None, None]
+        for i, kind in enumerate((Understanding, Generation)[: 1 + generation]):
+            self.say("making random weights", i, 2)
+            expert = materialise(join(kind(llm, device="meta")), self.device, self.dtype)
+            experts[i] = compile_layers(expert) if self.compile else expert
+        self.say("making random weights", 2, 2)
+        return DualExpert(llm, *experts, dtype=self.dtype, device=self.device, side=self.side)
+
+    def tower(self, part: str) -> nn.Module:
+        """The "vit" or the "vae" with random weights."""
+        kind = {"vit": VisionTower, "vae": WanVAE}[part]
+        return materialise(kind(getattr(self.config, part), device="meta"), self.device, self.dtype)
+
+    # -- measuring -------------------------------------------------------------------------------------------
+
+    def decoder_measures(
+        self,
+        case: Case,
+        model: DualExpert,
+        wanted: list[str],
+        speed: dict[str, Any],
+        *,
+        unguided: bool = True,
+        extrapolate: bool = True,
+    ) -> dict[str, Any]:
+        """Those of DECODER that are wanted. unguided: a guided case's steps without guidance, too."""
+        llm, size = model.config, self.dtype.itemsize
+        sequence, plan = self.planned(case)
+        shared, rests = plan.lengths
+        contexts = [shared + n for n in rests]
+        versions: dict[str, DualExpert | Baseline] = {"ours": model}
+        if self.baseline:
+            versions["baseline"] = Baseline(model)
+        if extrapolate and llm.num_layers < self.config.llm.num_layers:
+            versions["no_layers"] = cut_layers(model, 0)
+        meter, out = Meter(self.device, self.repeat, self.budget), {}
+
+        def measure(
+            name: str,
+            price: Callable[[LLMConfig], cost.Cost],
+            setup: Callable[[Any, int], Callable[[], object]],
+        ) -> None:
+            """setup: (version, how many to run a call) -> what is timed."""
+            self.say(f"{case.label}: {name}", 0, 1)
+            count = 1 if limit(price(llm), speed) > LONG or name.startswith("prefill") else meter.chunk
+            timed = meter({key: lambda v=v: setup(v, count) for key, v in versions.items()}, count)
+            out[name] = self._decoder_entry(timed, price, llm, speed) | self._profiled(
+                lambda: setup(model, 1)
+            )
+            self.say(f"{case.label}: {name}", 1, 1)
+
+        if "prefill" in wanted:
+            name = "prefill_edit" if case.edit else "prefill_text"
+            measure(
+                name, lambda c: cost.prefill(c, plan, size), lambda v, _: lambda: _prefill(v, sequence, plan)
+            )
+        if "step" in wanted:
+            for name, guided in (("step", case.guidance), ("step_unguided", False)):
+                if name == "step_unguided" and not (case.guidance and unguided):
+                    continue
+                measure(
+                    name,
+                    lambda c, guided=guided: cost.step(
+                        c, case.grid, contexts[: 1 + guided], case.batch, size
+                    ),
+                    lambda v, count, guided=guided: self._steps(v, sequence, plan, case, guided, count),
+                )
+        if "token" in wanted:
+            question = case.question(self.config)
+            length = sum(s.length for s in question.context)
+            measure(
+                "token",
+                lambda c: cost.token(c, length, size),
+                lambda v, count: self._tokens(v, question, meter.calls * count, count),
+            )
+        return out
+
+    def planned(self, case: Case) -> tuple[Sequence, Plan]:
+        """A generation case's sequence and how its contexts are computed."""
+        sequence = case.sequence(self.config)
+        return sequence, Plan.of(sequence, self.config.tokens_per_second, case.guidance)
+
+    def _start(self, case: Case) -> Tensor:
+        return noise(case.batch, *case.grid, LATENT_CHANNELS).to(self.device)
+
+    def _steps(
+        self, version: Any, sequence: Sequence, plan: Plan, case: Case, guided: bool, count: int
+    ) -> Callable[[], Tensor]:
+        """`count` denoising steps, guidance, renorm and solver included."""
+        x, prepared = self._start(case), _prefill(version, sequence, plan)
+        times, guidance = schedule(STEPS)[: count + 1], Guidance() if guided else Guidance(1.0)
+        if isinstance(version, Baseline):
+            return lambda: version.denoise(prepared, sequence, x, times, guidance)
+        return lambda: Engine(version).denoise(prepared, x, times, guidance)
+
+    def _tokens(self, version: Any, question: Sequence, room: int, count: int) -> Callable[[], None]:
+        """`count` tokens decoded greedily, each going on from where the last call stopped."""
+        rate = self.config.tokens_per_second
+        if isinstance(version, Baseline):
+            state, logits = version.read(question, rate)
+            following, choose = version.following(state), lambda logits: int(logits.argmax())
+        else:
+            context, logits, position = version.read(question, rate, room)
+            following = TokenLoop(version, context, position, self.compile and self.device.type == "cuda")
+            choose = Chooser(0.0, 1.0, 0)
+        token = choose(logits)
+
+        def decode() -> None:
+            nonlocal token
+            for _ in range(count):
+                token = choose(following(token))
+
+        return decode
+
+    def picture(self, name: str, case: Case, model: Any, speed: dict[str, Any]) -> dict[str, Any]:
+        """ "vit", or the VAE's "encode" or "decode"."""
+        self.say(f"{case.label}: {name}", 0, 1)
+        x, price = self._picture_input(name, case), self.picture_cost(name, case)
+        calls: dict[str, Callable[[], object]] = {
+            "ours": lambda: model(x, [case.seen]) if name == "vit" else getattr(model, name)(x)
+        }
+        if self.baseline and name != "vit":
+            slow = BaselineVAE(model)
+            calls["baseline"] = lambda: getattr(slow, name)(x)
+        timed = Meter(self.device, self.repeat, self.budget)(
+            {key: lambda call=call: call for key, call in calls.items()}
+        )
+        entry = timed["ours"] | against(price, timed["ours"]["seconds"], speed)
+        if "baseline" in timed:
+            entry["baseline"] = _ratio(timed["baseline"], entry)
+        entry |= self._profiled(lambda: calls["ours"])
+        self.say(f"{case.label}: {name}", 1, 1)
+        return entry
+
+    def _profiled(self, setup: Callable[[], Callable[[], object]]) -> dict[str, Any]:
+        """What of ours the time goes to, if that was asked for."""
+        return {"profile": profile(setup(), self.device)} if self.profile else {}
+
+    def _picture_input(self, name: str, case: Case) -> Tensor:
+        if name == "vit":
+            c = self.config.vit
+            shape = (
+                case.seen[0] * case.seen[1] * case.seen[2],
+                c.in_channels * c.temporal_patch_size * c.patch_size**2,
+            )
+        else:
+            shape = (
+                (1, LATENT_CHANNELS, *case.grid)
+                if name == "decode"
+                else (1, 3, case.frames, case.height, case.width)
+            )
+        x = noise(*shape).to(self.device, self.dtype)
+        return x.clamp_(-1, 1) if name == "encode" else x
+
+    def picture_cost(self, name: str, case: Case) -> cost.Cost:
+        """What `picture` must cost."""
+        size = self.dtype.itemsize
+        return (
+            cost.vit(self.config.vit, case.seen, size)
+            if name == "vit"
+            else cost.vae(self.config.vae, case.grid, name == "decode", size)
+        )
+
+    def whole(self, case: Case, model: DualExpert) -> dict[str, Any]:
+        """All 30 steps in one run, each looked at: does anything grow on the way?
+
+        Returns: `seconds` of the run; of every step `steps` (seconds), `guided`, `memory_bytes` in use after
+        it, and on CUDA `allocations` made in it.
+        """
+        sequence, plan = self.planned(case)
+        prepared, x, memory = _prefill(model, sequence, plan), self._start(case), Peak(self.device)
+        times, guidance = schedule(STEPS), Guidance() if case.guidance else Guidance(1.0)
+        ends: list[float] = []
+        used: list[int | None] = []
+        made: list[int] = []
+
+        def step(i: int, total: int, _: Tensor) -> None:
+            synchronize(self.device)
+            ends.append(time.perf_counter())
+            used.append(memory.now())
+            if self.device.type == "cuda":
+                made.append(torch.cuda.memory_stats(self.device)["allocation.all.allocated"])
+            self.say(f"{case.label}: {STEPS} steps", i, total)
+
+        synchronize(self.device)
+        began = time.perf_counter()
+        Engine(model).denoise(prepared, x, times, guidance, callback=step)
+        return {
+            "seconds": ends[-1] - began,
+            "steps": [end - start for start, end in pairwise([began, *ends])],
+            "guided": [guidance.applies(t) for t in times[:-1]],
+            "memory_bytes": used,
+            "allocations": [b - a for a, b in pairwise(made)] or None,
+        }
+
+    # -- putting together ------------------------------------------------------------------------------------
+
+    def _decoder_entry(
+        self,
+        timed: dict[str, Any],
+        price: Callable[[LLMConfig], cost.Cost],
+        llm: LLMConfig,
+        speed: dict[str, Any],
+    ) -> dict[str, Any]:
+        entry = timed["ours"] | against(price(llm), timed["ours"]["seconds"], speed)
+        full = self.config.llm
+        if "baseline" in timed:
+            entry["baseline"] = _ratio(timed["baseline"], entry)
+        if "no_layers" in timed:
+            fixed = timed["no_layers"]["seconds"]
+            scale = full.num_layers / llm.num_layers
+            seconds = fixed + max(entry["seconds"] - fixed, 0) * scale
+            entry["extrapolated"] = {
+                "layers": full.num_layers,
+                "seconds": seconds,
+                "seconds_without_layers": fixed,
+            }
+            entry["extrapolated"] |= against(price(full), seconds, speed)
+            if "baseline" in timed:
+                slow = fixed + max(timed["baseline"]["seconds"] - fixed, 0) * scale
+                entry["extrapolated"]["baseline"] = {"seconds": slow, "ratio": slow / seconds}
+        return entry
+
+    def denoising(self, case: Case, measures: dict[str, Any], extrapolated: bool) -> dict[str, Any]:
+        """A whole denoising put together from the medians of its steps, as measured or extrapolated to all
+        layers.
+        """
+        guidance = Guidance() if case.guidance else Guidance(1.0)
+        guided = sum(guidance.applies(t) for t in schedule(STEPS)[:-1])
+        both = (measures["step"], measures.get("step_unguided", measures["step"]))
+        with_, without = (m["extrapolated"] for m in both) if extrapolated else both
+
+        def total(key: Callable[[dict[str, Any]], float]) -> float:
+            return guided * key(with_) + (STEPS - guided) * key(without)
+
+        seconds, bound, flops = (
+            total(lambda m, key=key: m[key]) for key in ("seconds", "limit_seconds", "flops")
+        )
+        matmul = total(lambda m: m["share_of_matmul"] * m["seconds"])
+        entry = {
+            "steps": STEPS,
+            "guided_steps": guided,
+            "seconds": seconds,
+            "flops": flops,
+            "limit_seconds": bound,
+        }
+        entry |= {
+            "share_of_limit": bound / seconds,
+            "share_of_matmul": matmul / seconds,
+            "extrapolated": extrapolated,
+        }
+        if "baseline" in with_:
+            entry["baseline"] = _ratio({"seconds": total(lambda m: m["baseline"]["seconds"])}, entry)
+        return entry
+
+
+def _prefill(version: DualExpert | Baseline, sequence: Sequence, plan: Plan) -> Any:
+    return (
+        version.prefill(sequence, plan)
+        if isinstance(version, Baseline)
+        else version.fill(Prepared(sequence, plan))
+    )
+
+
+def _ratio(slow: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
+    """The baseline's entry with how many times as long it took."""
+    named = (("ratio", "seconds"), ("ratio_of_fastest", "fastest"))
+    return slow | {key: slow[of] / ours[of] for key, of in named if of in slow}
+
+
+def limit(price: cost.Cost, speed: dict[str, Any]) -> float:
+    """Seconds a pass must take at the device's measured rates: the slower of arithmetic and reading."""
+    return max(
+        price.flops / speed["matmul"]["flops_per_second"], price.bytes / speed["copy"]["bytes_per_second"]
+    )
+
+
+def against(price: cost.Cost, seconds: float, speed: dict[str, Any]) -> dict[str, Any]:
+    """What a pass must cost, set against the device's measured rates."""
+    bound = limit(price, speed)
+    return {
+        "flops": price.flops,
+        "bytes": price.bytes,
+        "share_of_matmul": price.flops / speed["matmul"]["flops_per_second"] / seconds,
+        "share_of_copy": price.bytes / speed["copy"]["bytes_per_second"] / seconds,
+        "limit_seconds": bound,
+        "share_of_limit": bound / seconds,
+    }

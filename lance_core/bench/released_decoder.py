@@ -1,0 +1,248 @@
+"""The released code's procedure, written plainly from the model's description, for bench.py to measure ours
+against.
+
+The same weights and the same results as model.py, reached the way the released inference code does: tokens in
+reading order, experts chosen per token by gathering and scattering into zero-filled copies, the whole
+key/value cache copied into a new tensor in every layer of every pass, keys and values expanded to all query
+heads, each guidance branch with a context of its own and a pass of its own, one row at a time. Nothing but
+the benchmark and its tests uses this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..model import rope
+from ..model.decoder import JOINED, ExpertLayer
+from ..model.dual_expert import DualExpert, Plan, latent_positions
+from ..model.sampler import Guidance, euler
+from ..model.sequence import MARKERS, Kind, Segment, Sequence, merge_text
+
+
+@dataclass(eq=False)
+class Side:
+    """One guidance branch: its own cache, a (keys, values) pair [tokens, kv_heads, width] a layer, and the
+    target's rope.
+    """
+
+    cache: list[tuple[Tensor, Tensor] | None]
+    target: Tensor | None
+    grid: tuple[int, int, int] | None
+
+
+Part = Callable[[Tensor], Tensor]
+
+
+def parts_of(layer: ExpertLayer) -> dict[str, Part]:
+    """What one expert's layer is made of, each projection on its own and multiplied plainly: rows of a joined
+    weight are views.
+    """
+    parts: dict[str, Part] = {}
+    for owner in (layer.self_attn, layer.mlp):
+        for name, module in owner.named_children():
+            if not isinstance(module, nn.Linear):
+                parts[name] = module
+                continue
+            rows = module.rows if name in JOINED else {name: module.out_features}
+            biases = [None] * len(rows) if module.bias is None else module.bias.split(list(rows.values()))
+            alone = zip(rows, module.weight.split(list(rows.values())), biases, strict=True)
+            parts |= {part: partial(F.linear, weight=weight, bias=bias) for part, weight, bias in alone}
+    parts["mlp"] = lambda x: parts["down_proj"](F.silu(parts["gate_proj"](x)) * parts["up_proj"](x))
+    return parts | {name: getattr(layer, name) for name in ("input_layernorm", "post_attention_layernorm")}
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Heads x [n, heads, width] turned by cos and sin [n, width], in float32."""
+    low, high = x.chunk(2, dim=-1)
+    turned = torch.cat([-high, low], dim=-1)
+    return (x * cos[:, None] + turned * sin[:, None]).to(x.dtype)
+
+
+def reading_order(markers_first: Tensor) -> Tensor:
+    """[..., tokens] with the two markers first -> start marker, visual tokens, end marker."""
+    return torch.cat(
+        [markers_first[..., :1], markers_first[..., MARKERS:], markers_first[..., 1:MARKERS]], dim=-1
+    )
+
+
+class Baseline:
+    """The passes of `model.DualExpert`, the slow way, over the same modules."""
+
+    def __init__(self, model: DualExpert) -> None:
+        self.model, self.config = model, model.config
+        self.und = [parts_of(layer) for layer in model.und.layers]
+        self.gen = [parts_of(layer) for layer in model.gen.layers] if model.gen else []
+
+    # -- passes ----------------------------------------------------------------------------------------------
+
+    def prefill(self, sequence: Sequence, plan: Plan) -> list[Side]:
+        """Every branch's whole context, what they share included."""
+        sides = []
+        for i, rest in enumerate(plan.rests):
+            target = plan.targets[i] if plan.targets else None
+            side = Side(
+                [None] * self.config.num_layers, target, sequence.target.grid if sequence.target else None
+            )
+            self._extend(side, sequence, plan.prefix + rest)
+            sides.append(side)
+        return sides
+
+    def read(self, sequence: Sequence, tokens_per_second: float) -> tuple[Side, Tensor]:
+        """An understanding prompt's cache and the next token's logits."""
+        plan = Plan.of(sequence, tokens_per_second, guided=False)
+        side = Side([None] * self.config.num_layers, None, None)
+        return side, self.model.logits(self._extend(side, sequence, plan.prefix + plan.rests[0])[None])
+
+    def next_token(self, side: Side, token: int, position: int) -> Tensor:
+        """Append one text token and return the logits after it, float32 [vocabulary]."""
+        x = self._embed([token])
+        return self.model.logits(
+            self._pass(x, None, torch.full((3, 1), position), side, keep=True, causal=True)[None]
+        )
+
+    def following(self, side: Side) -> Callable[[int], Tensor]:
+        """What `TokenLoop` is; where in the sequence the tokens lie makes no difference to the time."""
+        places = count(len(side.cache[0][0]) if side.cache else 0)
+        return lambda token: self.next_token(side, token, next(places))
+
+    def velocity(self, side: Side, sequence: Sequence, x: Tensor, t: Tensor) -> Tensor:
+        """Velocity of one row's noisy latents x [1, frames, h, w, 48] at t [1, frames]; float32, shaped like
+        x.
+        """
+        gen = self.model.gen
+        tokens, where = self._visual(sequence, x, t)
+        out = self._pass(tokens, where, reading_order(side.target), side, keep=False, causal=False)
+        return gen.llm2vae(gen.norm(out[where])).float().view(x.shape)
+
+    def denoise(
+        self, sides: list[Side], sequence: Sequence, x: Tensor, times: Tensor, guidance: Guidance
+    ) -> Tensor:
+        """`Lance.denoise` with the branches, and the results of a batch, one after the other."""
+
+        def velocity(x: Tensor, t: Tensor, guided: bool) -> tuple[Tensor, Tensor | None]:
+            frames = t.to(x.device).expand(1, x.shape[1])
+            branches = [
+                torch.cat([self.velocity(side, sequence, row[None], frames) for row in x])
+                for side in sides[: 1 + guided]
+            ]
+            return branches[0], branches[1] if guided else None
+
+        return euler(velocity, x, times, guidance)
+
+    # -- inside a pass ---------------------------------------------------------------------------------------
+
+    def _embed(self, ids: list[int]) -> Tensor:
+        return self.model.und.embed_tokens(torch.tensor(ids, device=self.model.device)).to(self.model.dtype)
+
+    def _visual(self, sequence: Sequence, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """A latent block in reading order [n, hidden] and the places of its latent tokens."""
+        model, grid = self.model, tuple(x.shape[1:4])
+        table = latent_positions(grid, self.config.hidden_size).to(model.device, model.dtype)
+        latents = model.gen.embed_latents(x, t, table, model.dtype)[0]
+        where = torch.arange(1, len(latents) + 1, device=model.device)
+        tokens = latents.new_zeros(len(latents) + MARKERS, latents.shape[-1])
+        tokens[where] = latents
+        tokens[self._others(where, len(tokens))] = self._embed([sequence.start, sequence.end])
+        return tokens, where
+
+    def _extend(self, side: Side, sequence: Sequence, parts: list[tuple[Segment, Tensor]]) -> Tensor:
+        positions = {id(s): p for s, p in parts}
+        hidden = torch.empty(0)
+        for group in merge_text(s for s, _ in parts):
+            first, where = group[0], None
+            position = torch.cat([positions[id(s)] for s in group], dim=1)
+            if first.kind is Kind.TEXT:
+                tokens = self._embed([i for s in group for i in s.ids])
+            else:
+                position = reading_order(position)
+                data = first.data.to(self.model.device)
+                if first.kind is Kind.SEEN:
+                    start, end = self._embed([sequence.start, sequence.end]).split(1)
+                    tokens = torch.cat([start, data.to(self.model.dtype), end])
+                else:
+                    tokens, where = self._visual(
+                        sequence, data[None], torch.zeros(1, first.grid[0], device=data.device)
+                    )
+            hidden = self._pass(tokens, where, position, side, keep=True, causal=first.kind is Kind.TEXT)
+        return hidden
+
+    def _pass(
+        self, x: Tensor, where: Tensor | None, position: Tensor, side: Side, keep: bool, causal: bool
+    ) -> Tensor:
+        """All layers over x [n, hidden], tokens `where` through the generation expert; `keep`: they become
+        part of the cache.
+        """
+        cos, sin = rope.tables(position, self.config, self.model.device)
+        others = None if where is None else self._others(where, len(x))
+        for i, und in enumerate(self.und):
+            gen = self.gen[i] if where is not None else None
+            x = self._layer(i, und, gen, x, where, others, cos, sin, side, keep, causal)
+        return x
+
+    def _layer(
+        self,
+        index: int,
+        und: dict[str, Part],
+        gen: dict[str, Part] | None,
+        x: Tensor,
+        where: Tensor | None,
+        others: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        side: Side,
+        keep: bool,
+        causal: bool,
+    ) -> Tensor:
+        def each(part: str, x: Tensor) -> Tensor:
+            """Every token through its own expert's part of that name."""
+            if gen is None:
+                return und[part](x)
+            first = und[part](x[others])
+            out = x.new_zeros(len(x), *first.shape[1:])
+            out[others] = first
+            out[where] = gen[part](x[where])
+            return out
+
+        width = self.config.head_dim
+        normed = each("input_layernorm", x)
+        q = each("q_proj", normed).unflatten(-1, (-1, width))
+        k = each("k_proj", normed).unflatten(-1, (-1, width))
+        v = each("v_proj", normed).unflatten(-1, (-1, width))
+        q = rotated(each("q_norm", q), cos, sin)[None]
+        k = rotated(each("k_norm", k), cos, sin)
+        keys, values = self._merged(side.cache[index], k, v)
+        if keep:
+            side.cache[index] = (keys, values)
+        groups = self.config.num_heads // self.config.num_kv_heads
+        expanded = (t.repeat_interleave(groups, dim=1)[None] for t in (keys, values))
+        attended = self.model.attention(q, *expanded, causal)[0].flatten(1)
+        x = x + each("o_proj", attended)
+        return x + each("mlp", each("post_attention_layernorm", x))
+
+    @staticmethod
+    def _merged(cached: tuple[Tensor, Tensor] | None, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Cache and new tokens in new, zero-filled tensors, written by index."""
+        if cached is None:
+            return k, v
+        before = len(cached[0])
+        old = torch.arange(before, device=k.device)
+        new = torch.arange(before, before + len(k), device=k.device)
+        merged = []
+        for past, now in zip(cached, (k, v), strict=True):
+            both = now.new_zeros(before + len(now), *now.shape[1:])
+            both[old] = past
+            both[new] = now
+            merged.append(both)
+        return merged[0], merged[1]
+
+    @staticmethod
+    def _others(where: Tensor, length: int) -> Tensor:
+        """Places the generation expert does not have: a visual block's markers, at both ends."""
+        return torch.tensor([0, length - 1], device=where.device)

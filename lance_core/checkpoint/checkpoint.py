@@ -1,0 +1,445 @@
+"""A checkpoint on disk -> configuration, tokeniser and modules: found, checked whole, then streamed part by
+part.
+
+A checkpoint has four parts, each loadable on its own: "und" and "gen" (the two experts), "vit" and "vae".
+Names and shapes of all of them are checked when it is opened, before anything is allocated. Loading builds
+the module on the meta
+device and fills it tensor by tensor in its final dtype: peak memory is the result plus one tensor.
+
+Besides the released folders, a single safetensors file is read when its metadata says enough: a JSON `lance`
+(what `convert` writes), or configuration and tokeniser under the names other tools use.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import LanceConfig, Shapes, llm_config, numbered, read_json, vae_config, variant_of, vit_config
+from ..errors import CheckpointError
+from ..inputs.tokenizer import Tokenizer
+from ..model.decoder import homes, join
+from ..model.dual_expert import Generation, Understanding
+from ..model.ops import TorchOps
+from ..model.vit import VisionTower
+from ..vae.wan import WanVAE
+from .quantize import IGNORED_SUFFIXES, ON_DISK, SIDE_TENSORS, Format, formats_of, swap
+from .tensor_files import SafetensorsFile, WeightFile, open_weights
+
+PARTS = ("und", "gen", "vit", "vae")
+MODEL_FILES = ("model.safetensors", "ema.safetensors")
+VIT_FOLDER, VIT_FILE = "Qwen2.5-VL-ViT", "vit.safetensors"
+VAE_FILES = ("Wan2.2_VAE.pth", "Wan2.2_VAE.safetensors", "wan2.2_vae.safetensors")
+# A fixed table, computed instead whatever its shape; and ComfyUI's mark of a scaled fp8 file, told by the
+# tensors themselves.
+IGNORED = ("latent_pos_embed.pos_embed", "scaled_fp8")
+VIT_PREFIXES, VAE_PREFIXES = ("vit_model.", "visual."), ("vae.", "first_stage_model.")
+CONFIG_KEYS, TOKENIZER_KEYS = (
+    ("llm_config", "llm_config.json", "config", "config.json"),
+    ("tokenizer", "tokenizer.json"),
+)
+
+Progress = Callable[[str, int, int], None]  # what is going on, done, total
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where one part's tensors are: names in the module -> (file, name in the file).
+
+    What is known of all tensors together is worked out once: loops over a thousand of them ask for it.
+    """
+
+    tensors: Mapping[str, tuple[WeightFile, str]] = field(default_factory=dict)
+
+    @cached_property
+    def shapes(self) -> Shapes:
+        return {name: file.shapes[key] for name, (file, key) in self.tensors.items()}
+
+    @cached_property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        return {name: file.dtypes[key] for name, (file, key) in self.tensors.items()}
+
+    @cached_property
+    def formats(self) -> dict[str, Format]:
+        """Quantised layers, by module name."""
+        return formats_of(self.dtypes)
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights; two in a byte count as the two they are."""
+        packed = {f"{layer}.weight": f.per_byte for layer, f in self.formats.items()}
+        shapes = {n: s for n, s in self.shapes.items() if n.rpartition(".")[2] not in SIDE_TENSORS}
+        return sum(torch.Size(s).numel() * packed.get(n, 1) for n, s in shapes.items())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return sum(torch.Size(s).numel() * self.dtypes[n].itemsize for n, s in self.shapes.items())
+
+
+def part_of(key: str) -> tuple[str, str] | None:
+    """A model-file tensor name -> (part, name in the part's module); None if it belongs to none."""
+    for part, prefixes in (("vit", VIT_PREFIXES), ("vae", VAE_PREFIXES)):
+        for prefix in prefixes:
+            if key.startswith(prefix):
+                return part, key.removeprefix(prefix)
+    if key.startswith(("time_embedder.", "vae2llm.", "llm2vae.")):
+        return "gen", key
+    if not key.startswith("language_model."):
+        return None
+    name = key.removeprefix("language_model.").removeprefix("model.")
+    for inner, stored in ON_DISK["fp8"].items():
+        if name.endswith(f".{stored}"):
+            name = name.removesuffix(stored) + inner
+    return ("gen", name.replace("_moe_gen", "")) if "_moe_gen" in name else ("und", name)
+
+
+def released_name(key: str, generation: bool) -> str:
+    """A module's tensor name -> its name in the released model file: the inverse of `part_of` for both
+    experts.
+    """
+    if key.startswith(("time_embedder.", "vae2llm.", "llm2vae.")):
+        return key
+    if generation:
+        parts = key.split(".")
+        # The expert's mark follows the module's name: `mlp_moe_gen.up_proj`, `self_attn.q_proj_moe_gen`.
+        at = parts.index("mlp") if "mlp" in parts else len(parts) - 2
+        parts[at] += "_moe_gen"
+        key = ".".join(parts)
+    return f"language_model.{key}" if key.startswith("lm_head.") else f"language_model.model.{key}"
+
+
+def stored_config(metadata: dict[str, str], path: Path) -> dict[str, Any]:
+    """What a single file says of itself: {"llm_config": ..., "tokenizer": ..., "vit_config": ... or absent}.
+
+    Raises:
+        CheckpointError: it does not say enough.
+    """
+
+    def parse(text: str) -> Any:
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(
+                f"{path}: the metadata in its header is not JSON ({error}); get the file again."
+            ) from None
+
+    told = parse(metadata["lance"]) if "lance" in metadata else {}
+    if not isinstance(told, dict):
+        raise CheckpointError(
+            f"{path}: the `lance` metadata in its header is no JSON object; get the file again."
+        )
+    for wanted, keys in (
+        ("llm_config", CONFIG_KEYS),
+        ("tokenizer", TOKENIZER_KEYS),
+        ("vit_config", ("vit_config",)),
+    ):
+        for key in keys:
+            if wanted not in told and key in metadata:
+                told[wanted] = parse(metadata[key])
+    missing = [name for name in ("llm_config", "tokenizer") if not isinstance(told.get(name), dict)]
+    if missing:
+        raise CheckpointError(
+            f"{path} is a single file without {' and '.join(missing)} in its metadata, so it cannot be read "
+            "on its own; "
+            "use the released folder, or make a file with `python -m lance_core convert`."
+        )
+    return told
+
+
+class Checkpoint:
+    """An opened checkpoint: all names and shapes known and checked, no weights read yet.
+
+    Args:
+        path: a released folder (`.../Lance_3B` or `.../Lance_3B_Video`).
+        vit, vae: files or folders to use instead of the ones found inside or beside it.
+
+    Raises:
+        CheckpointError: something is missing, damaged or of another model; the message names it.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        vit: str | os.PathLike | None = None,
+        vae: str | os.PathLike | None = None,
+    ) -> None:
+        self.path = Path(path)
+        self.parts: dict[str, Part] = {}
+        told: dict[str, Any] = {}
+        if self.path.is_file():
+            file = self._open_single_file()
+            told = stored_config(file.metadata, self.path)
+            raw, self.tokenizer = told["llm_config"], Tokenizer(told["tokenizer"], str(self.path))
+            if isinstance(told.get("vit_config"), dict):
+                raw = {**raw, "vision_config": told["vit_config"]}
+        else:
+            file = self._open_model_file()
+            raw = read_json(self.path / "llm_config.json")
+            self.tokenizer = Tokenizer.from_folder(self.path)
+        unexpected = self._sort_tensors(file)
+        vit_raw = self._find_vit(vit, raw)
+        vae_path = self._find_vae(vae)
+
+        llm = llm_config(raw, file.shapes, str(self.path))
+        if len(self.tokenizer) > llm.vocab_size:
+            raise CheckpointError(
+                f"{self.path}: the tokeniser has {len(self.tokenizer)} tokens, the embeddings "
+                f"{llm.vocab_size} rows: they are of two models."
+            )
+        vision = vit_config(vit_raw, str(self.path)) if vit_raw else None
+        blocks = numbered(self.parts["vit"].shapes, "blocks.", str(self.path))
+        if vision and vision.depth != blocks:
+            raise CheckpointError(
+                f"{self.path}: the ViT's configuration says {vision.depth} blocks, its file has {blocks}: "
+                "they are of two models."
+            )
+        wan = vae_config(self.parts["vae"].shapes, str(vae_path)) if vae_path else None
+        variant = told.get("variant")
+        variant = variant if variant in ("image", "video") else variant_of(file.shapes, self.path.name)
+        self.config = LanceConfig(llm, vision, wan, variant, raw)
+        if vision and vision.out_hidden_size != llm.hidden_size:
+            raise CheckpointError(
+                f"{self.path}: the ViT writes embeddings of width {vision.out_hidden_size}, the decoder "
+                f"reads {llm.hidden_size}: "
+                "they are of two models."
+            )
+        self._check(unexpected)
+
+    # -- finding ---------------------------------------------------------------------------------------------
+
+    def _open_single_file(self) -> SafetensorsFile:
+        if self.path.suffix.lower() != ".safetensors":
+            raise CheckpointError(
+                f"{self.path} is no checkpoint; expected a folder such as models/lance/Lance_3B, or a "
+                ".safetensors file."
+            )
+        return SafetensorsFile(self.path)
+
+    def _open_model_file(self) -> WeightFile:
+        if not self.path.is_dir():
+            raise CheckpointError(
+                f"{self.path} does not exist; expected a checkpoint folder such as models/lance/Lance_3B."
+            )
+        for name in MODEL_FILES:
+            if (self.path / name).is_file():
+                return open_weights(self.path / name)
+        inner = [p.parent.name for p in self.path.glob("*/model.safetensors")]
+        hint = f" Did you mean {self.path / inner[0]}?" if inner else ""
+        raise CheckpointError(
+            f"{self.path} is not a Lance checkpoint: it has no {' or '.join(MODEL_FILES)}.{hint}"
+        )
+
+    def _sort_tensors(self, file: WeightFile) -> list[str]:
+        """Fill the parts with the model file's tensors; returns the names that belong to none."""
+        found: dict[str, dict[str, tuple[WeightFile, str]]] = {name: {} for name in PARTS}
+        unexpected = []
+        for key in file.shapes:
+            where = part_of(key)
+            if where is None:
+                unexpected += [] if key in IGNORED else [key]
+            elif where[1].rpartition(".")[2] not in IGNORED_SUFFIXES:
+                found[where[0]][where[1]] = (file, key)
+        self.parts = {name: Part(tensors) for name, tensors in found.items()}
+        return unexpected
+
+    def _find_vit(self, given: str | os.PathLike | None, raw: dict) -> dict | None:
+        """Point the "vit" part at its file; returns its configuration, None where there is no ViT."""
+        inside = bool(self.parts["vit"].tensors)
+        candidates = (
+            [Path(given)]
+            if given
+            else []
+            if inside
+            else [self.path / VIT_FOLDER, self.path.parent / VIT_FOLDER]
+        )
+        for place in candidates:
+            path = place / VIT_FILE if place.is_dir() else place
+            if not path.is_file():
+                continue
+            file = open_weights(path)
+            self.parts["vit"] = Part({key: (file, key) for key in file.shapes})
+            beside = path.parent / "config.json"
+            config = read_json(beside) if beside.is_file() else raw
+            return config.get("vision_config", config)
+        if given:
+            raise CheckpointError(
+                f"{given} (given as vit=) is neither a vision tower file nor a folder with {VIT_FILE}."
+            )
+        if inside and not isinstance(raw.get("vision_config"), dict):
+            raise CheckpointError(
+                f"{self.path}: llm_config.json has no vision_config for the ViT inside; download it again."
+            )
+        return raw["vision_config"] if inside else None
+
+    def _find_vae(self, given: str | os.PathLike | None) -> Path | None:
+        if not given and self.parts["vae"].tensors:
+            return self.path
+        folders = (self.path, self.path.parent)
+        candidates = [Path(given)] if given else [folder / name for folder in folders for name in VAE_FILES]
+        for path in candidates:
+            if path.is_file():
+                file = open_weights(path)
+                self.parts["vae"] = Part({key: (file, key) for key in file.shapes})
+                return path
+        if given:
+            raise CheckpointError(f"{given} (given as vae=) does not exist; expected Wan2.2_VAE.pth.")
+        return None
+
+    # -- checking and loading --------------------------------------------------------------------------------
+
+    def build(
+        self, part: str, ops=TorchOps, device="meta", dtype: torch.dtype | None = None, make: Any = None
+    ) -> nn.Module:
+        """The part's module, its weights not yet loaded. make: a host's quantised layer (see
+        `quantize.swap`).
+
+        Raises:
+            CheckpointError: the checkpoint has no such part; says where it is looked for.
+        """
+        kw = {"ops": ops, "device": device, "dtype": dtype}
+        if part == "vit":
+            if self.config.vit is None:
+                raise CheckpointError(
+                    f"{self.path} has no vision tower, which reading pictures needs: put "
+                    f"{VIT_FOLDER}/{VIT_FILE} with its config.json "
+                    f"beside it, in {self.path.parent}, or give vit=."
+                )
+            return VisionTower(self.config.vit, **kw)
+        if part == "vae":
+            if self.config.vae is None:
+                raise CheckpointError(
+                    f"{self.path} has no VAE: put {VAE_FILES[0]} beside it, in {self.path.parent}, or give "
+                    "vae=."
+                )
+            return WanVAE(self.config.vae, **kw)
+        return swap(
+            {"und": Understanding, "gen": Generation}[part](self.config.llm, **kw),
+            self.parts[part].formats,
+            make,
+        )
+
+    def _check(self, unexpected: list[str]) -> None:
+        """Every part's names, shapes and dtypes against the module they are for."""
+        problems = [f"unexpected tensor {name}" for name in unexpected]
+        for name, part in self.parts.items():
+            if not part.tensors and name in ("vit", "vae"):
+                continue
+            built = self.build(name).state_dict()
+            expected = {k: tuple(v.shape) for k, v in built.items()}
+            found = part.shapes
+            label = {key: part.tensors[key][1] for key in found}
+            problems += [f"missing tensor {key} of the {name} part" for key in expected if key not in found]
+            problems += [f"unexpected tensor {label[key]}" for key in found if key not in expected]
+            problems += [
+                f"{label[key]} has shape {list(found[key])}, expected {list(expected[key])}"
+                for key in expected.keys() & found.keys()
+                if found[key] != expected[key]
+            ]
+            for key in expected.keys() & found.keys():
+                given, kind = part.dtypes[key], built[key].dtype
+                plain = (
+                    kind.is_floating_point and kind.itemsize > 1
+                )  # which a quantised layer's weight, for one, is not
+                if given != kind and not (plain and given.is_floating_point and given.itemsize > 1):
+                    problems.append(
+                        f"{label[key]} is {given}, expected "
+                        f"{'float32, bfloat16 or float16' if plain else kind}"
+                    )
+        if problems:
+            more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+            raise CheckpointError(
+                f"{self.path} does not hold the model its configuration describes: "
+                f"{'; '.join(sorted(problems)[:5])}{more}. Download it again."
+            )
+
+    def tensors(
+        self,
+        part: str,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        module: nn.Module | None = None,
+    ) -> Iterator[tuple[str, Tensor]]:
+        """The part's tensors one at a time, in the order they lie in the file, owning their memory.
+
+        Args:
+            dtype: of the result; None as in the file. What a quantised layer is kept in is never changed.
+            module: whose weights they will be; if given, what it has joined (`decoder.join`) comes joined and
+                under its names.
+        """
+        items = self.parts[part].tensors.items()
+        kept = {f"{layer}.{leaf}" for layer in self.parts[part].formats for leaf in ("weight", *SIDE_TENSORS)}
+        joined = {} if module is None else homes(module)
+        begun: dict[
+            str, tuple[Tensor, int]
+        ] = {}  # joined weights some of whose rows are there, and how many are missing
+        for name, (file, key) in sorted(items, key=lambda item: item[1][0].offset(item[1][1])):
+            if name not in joined:
+                yield name, file.read(key, None if name in kept else dtype, device)
+                continue
+            whole, rows, shape = joined[name]
+            tensor, missing = begun.pop(whole, (None, shape[0]))
+            if tensor is None:
+                tensor = torch.empty(shape, dtype=dtype or file.dtypes[key], device=device)
+            file.read(key, out=tensor[rows])
+            missing -= rows.stop - rows.start
+            if missing:
+                begun[whole] = tensor, missing
+            else:
+                yield whole, tensor
+            del tensor
+
+    def count(self, part: str, module: nn.Module) -> int:
+        """How many tensors `tensors` gives for a module."""
+        joined = homes(module)
+        return len(self.parts[part].tensors) - len(joined) + len({whole for whole, *_ in joined.values()})
+
+    def load(
+        self,
+        part: str,
+        ops=TorchOps,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.bfloat16,
+        progress: Progress | None = None,
+    ) -> nn.Module:
+        """The part's module with its weights in `dtype` on `device`, projections that share an input joined."""
+        module = join(self.build(part, ops)).eval().requires_grad_(False)
+        done, total = 0, self.count(part, module)
+        for name, tensor in self.tensors(
+            part, dtype, device, module
+        ):  # not enumerate, which keeps its last pair alive
+            owner, _, leaf = name.rpartition(".")
+            setattr(module.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
+            del tensor
+            done += 1  # noqa: SIM113
+            if progress is not None:
+                progress(f"loading {part}", done, total)
+        return module
+
+
+def named_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """A module's weights under the names they have in a file's part: joined projections as the parts they are
+    made of (views).
+    """
+    weights, parts = dict(module.named_parameters()), homes(module)
+    yield from (
+        (name, weight)
+        for name, weight in weights.items()
+        if name not in {whole for whole, *_ in parts.values()}
+    )
+    yield from ((name, weights[whole][rows]) for name, (whole, rows, _) in parts.items())
+
+
+def non_finite(module: nn.Module) -> str | None:
+    """Name of the first weight with NaN or infinity in it, for error messages."""
+    return next(
+        (name for name, p in named_weights(module) if not bool(torch.isfinite(p.float()).all())), None
+    )

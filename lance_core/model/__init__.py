@@ -1,0 +1,30 @@
+"""The decoder with its two experts, the vision tower, and the sampler: all of the model's arithmetic but the
+VAE's.
+"""
+
+from .decoder import ExpertLayer, compile_layers, run_layers
+from .dual_expert import Branch, DualExpert, Generation, Plan, Prepared, Understanding
+from .sampler import Guidance, euler, schedule, seeded_noise
+from .sequence import Kind, Role, Segment, Sequence
+from .vit import VisionTower
+
+__all__ = [
+    "Branch",
+    "DualExpert",
+    "ExpertLayer",
+    "Generation",
+    "Guidance",
+    "Kind",
+    "Plan",
+    "Prepared",
+    "Role",
+    "Segment",
+    "Sequence",
+    "Understanding",
+    "VisionTower",
+    "compile_layers",
+    "euler",
+    "run_layers",
+    "schedule",
+    "seeded_noise",
+]

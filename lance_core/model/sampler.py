@@ -1,0 +1,159 @@
+"""Flow-matching: time schedule, guidance, renormalisation and the Euler solver, over any velocity function.
+
+The state is float32 throughout. Velocity is noise - data, time runs from 1 (noise) to 0 (data).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..config import LATENT_CHANNELS
+from ..errors import NumericsError, RequestError
+
+RENORMS = ("global", "channel", "none")
+
+
+def schedule(steps: int, shift: float = 3.5) -> Tensor:
+    """Times [steps + 1], float32, 1 down to 0, bent by `shift` towards noise (SD3, arXiv 2403.03206, eq. 23).
+
+    Raises:
+        RequestError: steps below 1 or shift not positive.
+    """
+    if isinstance(steps, bool) or int(steps) != steps or steps < 1:
+        raise RequestError(
+            f"steps is {steps}, expected a whole number of at least 1; the model's default is 30"
+        )
+    if not 0 < shift < float("inf"):
+        raise RequestError(f"shift is {shift}, expected a positive number; the model's default is 3.5")
+    t = torch.linspace(1, 0, int(steps) + 1)
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def seeded_noise(seed: int, grid: tuple[int, int, int], before: int = 0) -> Tensor:
+    """The target's starting noise [t, h, w, 48], float32 on the CPU.
+
+    One row per latent token of the whole sequence is drawn, `before` of them for references, whose rows are
+    not used.
+    """
+    t, h, w = grid
+    rows = torch.randn((before + t * h * w, LATENT_CHANNELS), generator=torch.Generator().manual_seed(seed))
+    return rows[before:].view(t, h, w, LATENT_CHANNELS)
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance.
+
+    scale: 1 means no unconditional pass at all.
+    interval: (low, high]; guidance applies while low < t <= high, compared in float32.
+    renorm: "global", "channel" or "none"; how the guided velocity is scaled back, never below `renorm_min`.
+    """
+
+    scale: float = 4.0
+    interval: tuple[float, float] = (0.4, 1.0)
+    renorm: str = "global"
+    renorm_min: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.renorm not in RENORMS:
+            raise RequestError(f"renorm is {self.renorm!r}, expected one of {', '.join(RENORMS)}")
+        if not 0 <= self.scale < float("inf"):
+            raise RequestError(
+                f"cfg is {self.scale}, expected a number from 0 on; 4.0 is the model's default, 1 turns "
+                "guidance off"
+            )
+        if not 0 <= self.renorm_min <= 1:
+            raise RequestError(f"renorm_min is {self.renorm_min}, expected 0 to 1")
+        ok = (
+            isinstance(self.interval, tuple | list)
+            and len(self.interval) == 2
+            and all(0 <= v <= 1 for v in self.interval)
+        )
+        if not ok or self.interval[0] > self.interval[1]:
+            raise RequestError(
+                f"cfg_interval is {self.interval!r}, expected (low, high) with 0 <= low <= high <= 1"
+            )
+
+    @property
+    def active(self) -> bool:
+        """Whether any step can need an unconditional pass."""
+        return self.scale != 1
+
+    def applies(self, t: Tensor) -> bool:
+        """Whether time t (a float32 scalar) lies in the interval."""
+        low, high = torch.tensor(self.interval, dtype=torch.float32)
+        return self.active and bool((low < t) & (t <= high))
+
+    def combine(
+        self, cond: Tensor, uncond: Tensor, channels: int = -1, floor: float | Tensor = 1e-8
+    ) -> Tensor:
+        """Guided velocity from both, each row on its own: w = u + s (c - u), then renorm.
+
+        channels: the axis of the latent's channels. floor: added to the norm divided by; scales with the
+            velocity's unit.
+        """
+        guided = uncond + self.scale * (cond - uncond)
+        if self.renorm == "none":
+            return guided
+        dims = (channels,) if self.renorm == "channel" else tuple(range(1, guided.dim()))
+        ratio = norm(cond, dims) / (norm(guided, dims) + floor)
+        return guided * ratio.clamp(self.renorm_min, 1.0)
+
+
+def norm(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Euclidean norm over `dims`, kept for broadcasting."""
+    return torch.linalg.vector_norm(x, dim=dims, keepdim=True)
+
+
+Velocity = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]
+
+
+def euler(
+    velocity: Velocity,
+    x: Tensor,
+    times: Tensor,
+    guidance: Guidance,
+    *,
+    fixed: Tensor | None = None,
+    callback: Callable[[int, int, Tensor], None] | None = None,
+) -> Tensor:
+    """Integrate dx/dt = v from times[0] to times[-1].
+
+    Args:
+        velocity: (x, t, guided) -> conditional velocity and, if guided, the unconditional one; t is a float32
+            scalar.
+        x: noise [b, t, h, w, c], float32. Not modified.
+        times: from `schedule`.
+        fixed: mask broadcastable to x; True where the state must not move (image-to-video's first frame).
+        callback: (step, total, x) after each step, step from 1; raise in it to stop.
+
+    Returns: x at times[-1], float32.
+
+    Raises:
+        NumericsError: NaN or infinity appeared; says in which step.
+    """
+    total = len(times) - 1
+    failed = torch.full(
+        (), total, dtype=torch.long, device=x.device
+    )  # first bad step, kept on the device: no sync a step
+    x, at = x.clone(), times.to(x.device)  # one copy, so that no step waits for its own
+    for i in range(total):
+        cond, uncond = velocity(x, at[i], guidance.applies(times[i]))
+        v = cond if uncond is None else guidance.combine(cond, uncond)
+        if fixed is not None:
+            v = v.masked_fill(fixed, 0)
+        x -= v * (at[i] - at[i + 1])
+        failed = torch.where(torch.isfinite(x).all(), failed, failed.clamp(max=i))
+        if callback is not None:
+            callback(i + 1, total, x)
+    if int(failed) < total:
+        raise NumericsError(
+            f"denoising gave NaN or infinity in step {int(failed) + 1} of {total}: the weights or the "
+            "starting latents are damaged, "
+            "or float16 overflowed; check the checkpoint with `info`, or use bfloat16"
+        )
+    return x

@@ -1,0 +1,48 @@
+"""A second line of work on one device, for what is small and waits for memory beside what is large and
+computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..errors import RequestError
+
+
+class Side:
+    """Work on a CUDA stream of its own, which goes first where both lines want the device: one piece at a
+    time, `start`, then `result`.
+
+    Between the two, the main line must not write what the work reads, nor touch what it writes. Results may
+    be used until the
+    next piece is started, or kept: their memory goes back to this stream, whose next work waits for the main
+    line.
+
+    Raises:
+        RequestError: the device is no CUDA device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        if device.type != "cuda":
+            raise RequestError(
+                f"overlap runs on two streams of a CUDA device, and the device is {device}; leave it off"
+            )
+        self.stream = torch.cuda.Stream(device, priority=-1)
+        self.pending: tuple[Callable[[], Any], Any] | None = None
+
+    def start(self, work: Callable[[], Any]) -> None:
+        """Queue `work` behind all that the main line has queued so far."""
+        if self.pending is not None:  # left by an error: its memory may only be used again behind it
+            self.result()
+        self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
+        with torch.cuda.stream(self.stream):
+            self.pending = work, work()  # with what it reads, which no new tensor may replace while it runs
+
+    def result(self) -> Any:
+        """What the work started last returned; what the main line queues from now on waits for it."""
+        torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
+        (_, found), self.pending = self.pending, None
+        return found
