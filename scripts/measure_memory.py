@@ -38,7 +38,6 @@ from lance_core.bench.case import Case
 from lance_core.checkpoint.quantize import FORMATS, QuantLinear, quantisable, swap
 from lance_core.config import CELL, LATENT_CHANNELS, RELEASED_LLM, RELEASED_VAE, RELEASED_VIT, LanceConfig
 from lance_core.inputs import preprocess
-from lance_core.model.decoder import join
 from lance_core.model.dual_expert import DualExpert, Generation, Plan, Row, Understanding
 from lance_core.model.sequence import Branch
 from lance_core.model.token_loop import TokenLoop
@@ -98,17 +97,18 @@ def build(part: str, config: LanceConfig, weights: str, device: str) -> nn.Modul
     elif part == "vae":
         module = WanVAE(config.vae, device="meta", dtype=COMPUTE)
     else:
-        module = {"und": Understanding, "gen": Generation}[part](config.llm, device="meta", dtype=COMPUTE)
+        kind = {"und": Understanding, "gen": Generation}[part]
+        module = kind(config.llm, device="meta", dtype=COMPUTE)
         if weights in FORMATS:
             form = FORMATS[weights]
             layers = config.llm.num_layers
             fits = {
                 n.removesuffix(".weight"): form
-                for n, p in module.named_parameters()
+                for n, p in kind(config.llm, device="meta", joined=False).named_parameters()
                 if quantisable(n, layers) and form.fits(*p.shape)
             }
-            swap(
-                module,
+            module = swap(
+                kind(config.llm, device="meta", dtype=COMPUTE, apart=fits.keys()),
                 fits,
                 lambda f, linear: QuantLinear(
                     f, linear.in_features, linear.out_features, linear.bias is not None, "meta", COMPUTE
@@ -170,13 +170,11 @@ class Bench:
         )
         modules = {}
         for part in parts:
-            modules[part] = join(
-                build(
-                    part,
-                    self.config,
-                    self.weights,
-                    "cpu" if part in away and self.device == "cuda" else self.device,
-                )
+            modules[part] = build(
+                part,
+                self.config,
+                self.weights,
+                "cpu" if part in away and self.device == "cuda" else self.device,
             )
             if part in away:
                 stream(modules[part], self.device)

@@ -36,8 +36,8 @@ from lance_core.checkpoint.quantize import FORMATS, quantisable
 from lance_core.config import LATENT_CHANNELS, RELEASED_LLM, RELEASED_VAE, RELEASED_VIT, LanceConfig
 from lance_core.errors import CheckpointError
 from lance_core.model.dual_expert import DualExpert, Generation, Plan, Row, Understanding
-from lance_core.model.sequence import Branch
 from lance_core.model.sampler import Guidance, euler, schedule
+from lance_core.model.sequence import Branch
 from lance_core.vae.wan import WanVAE, denormalize_latent
 
 GOLDEN = ROOT / "tests" / "golden" / "checkpoint" / "Lance_3B_Video"
@@ -88,7 +88,7 @@ REFERENCES = ("float32", "bf16")
 
 def random_expert(cls: type[nn.Module], config: LanceConfig, seed: int) -> nn.Module:
     """An expert with float32 weights of variance 1 / fan-in, some input channels larger by OUTLIER_SCALE."""
-    module = cls(config.llm, device="meta").requires_grad_(False)
+    module = cls(config.llm, device="meta", joined=False).requires_grad_(False)
     draw = torch.Generator().manual_seed(seed)
     for owner in module.modules():
         for name, p in list(owner.named_parameters(recurse=False)):
@@ -233,7 +233,7 @@ def stored(path: Path) -> tuple[Subject, nn.Module | None]:
     checkpoint = Checkpoint(path)
     if checkpoint.parts["und"].formats or checkpoint.parts["gen"].formats:
         raise CheckpointError(f"{path} is quantised already; measure the original")
-    experts = [checkpoint.build(part).requires_grad_(False) for part in ("und", "gen")]
+    experts = [checkpoint.build(part, joined=False).requires_grad_(False) for part in ("und", "gen")]
     for part, module in zip(("und", "gen"), experts, strict=True):
         for name, weight in checkpoint.tensors(
             part, torch.float32

@@ -20,7 +20,8 @@ from ..checkpoint.checkpoint import Progress
 from ..config import LATENT_CHANNELS, LanceConfig, LLMConfig
 from ..errors import RequestError
 from ..inputs import tasks
-from ..model.decoder import FEED_CHUNK, compile_layers, join
+from ..model.compiling import compile_layers
+from ..model.decoder import FEED_CHUNK
 from ..model.denoise import denoise
 from ..model.dual_expert import DualExpert, Generation, Plan, Understanding
 from ..model.sampler import Guidance, schedule
@@ -122,7 +123,7 @@ class Bench:
         experts: list[nn.Module | None] = [None, None]
         for i, kind in enumerate((Understanding, Generation)[: 1 + generation]):
             self.say("making random weights", i, 2)
-            expert = materialise(join(kind(llm, device="meta")), self.device, self.dtype)
+            expert = materialise(kind(llm, device="meta"), self.device, self.dtype)
             experts[i] = compile_layers(expert) if self.compile else expert
         self.say("making random weights", 2, 2)
         return DualExpert(llm, *experts, dtype=self.dtype, device=self.device, side=self.side)

@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..model import rope
-from ..model.decoder import JOINED, ExpertLayer
+from ..model.decoder import ExpertLayer
 from ..model.dual_expert import DualExpert, Plan, latent_positions
+from ..model.joined import JoinedLinear
 from ..model.sampler import Guidance, euler
 from ..model.sequence import MARKERS, Branch, Kind, Placed, Sequence, TextSegment, merge_text
 
@@ -50,10 +51,10 @@ def parts_of(layer: ExpertLayer) -> dict[str, Part]:
             if not isinstance(module, nn.Linear):
                 parts[name] = module
                 continue
-            rows = module.rows if name in JOINED else {name: module.out_features}
-            biases = [None] * len(rows) if module.bias is None else module.bias.split(list(rows.values()))
-            alone = zip(rows, module.weight.split(list(rows.values())), biases, strict=True)
-            parts |= {part: partial(F.linear, weight=weight, bias=bias) for part, weight, bias in alone}
+            rows = module.rows if isinstance(module, JoinedLinear) else {name: slice(None)}
+            for part, own in rows.items():
+                bias = None if module.bias is None else module.bias[own]
+                parts[part] = partial(F.linear, weight=module.weight[own], bias=bias)
     parts["mlp"] = lambda x: parts["down_proj"](F.silu(parts["gate_proj"](x)) * parts["up_proj"](x))
     return parts | {name: getattr(layer, name) for name in ("input_layernorm", "post_attention_layernorm")}
 

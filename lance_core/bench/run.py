@@ -22,7 +22,7 @@ from ..checkpoint.checkpoint import Checkpoint, Progress
 from ..config import RELEASED_LLM, RELEASED_VAE, RELEASED_VIT, LanceConfig
 from ..errors import RequestError
 from ..inputs import tasks
-from ..model.decoder import check_compiler
+from ..model.compiling import check_compiler
 from ..model.side_stream import SideStream
 from . import plot, suite
 from .case import Case, case_of
