@@ -88,7 +88,7 @@ GOALS = (  # request, weights, GB
 # -- weights -------------------------------------------------------------------------------------------------
 
 
-def build(part: str, config: LanceConfig, weights: str, device: str) -> nn.Module:
+def build(part: str, config: LanceConfig, weights: str, device: str, joined: bool = True) -> nn.Module:
     """A part's module in COMPUTE, the experts' matrices in the format named; on a real device, filled with
     zeros.
     """
@@ -98,7 +98,7 @@ def build(part: str, config: LanceConfig, weights: str, device: str) -> nn.Modul
         module = WanVAE(config.vae, device="meta", dtype=COMPUTE)
     else:
         kind = {"und": Understanding, "gen": Generation}[part]
-        module = kind(config.llm, device="meta", dtype=COMPUTE)
+        module = kind(config.llm, device="meta", dtype=COMPUTE, joined=joined)
         if weights in FORMATS:
             form = FORMATS[weights]
             layers = config.llm.num_layers
@@ -108,7 +108,7 @@ def build(part: str, config: LanceConfig, weights: str, device: str) -> nn.Modul
                 if quantisable(n, layers) and form.fits(*p.shape)
             }
             module = swap(
-                kind(config.llm, device="meta", dtype=COMPUTE, apart=fits.keys()),
+                kind(config.llm, device="meta", dtype=COMPUTE, joined=joined, apart=fits.keys()),
                 fits,
                 lambda f, linear: QuantLinear(
                     f, linear.in_features, linear.out_features, linear.bias is not None, "meta", COMPUTE
