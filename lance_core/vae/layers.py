@@ -1,5 +1,5 @@
-"""The layers of Wan2.2's video VAE: causal in time, streamed chunk by chunk (see streaming.py), named as in the
-released state dict. Whole videos, tiles, latent statistics and errors about a request are in wan.py.
+"""The layers of Wan2.2's video VAE: causal in time, streamed chunk by chunk (see streaming.py), named as in
+the released state dict. Whole videos, tiles, latent statistics and errors about a request are in wan.py.
 """
 
 from __future__ import annotations
