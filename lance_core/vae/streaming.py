@@ -131,7 +131,7 @@ def streaming_ops(ops: Any) -> SimpleNamespace:
     """
 
     class Conv3d(ops.Conv3d):
-        """Before a single frame there are only zeros, so the kernel's last slice does: a third of the work."""
+        """Before a single frame are only zeros, so the kernel's last slice is enough: a third of the work."""
 
         def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, *args, **kwargs) -> Tensor:
             if x.shape[2] > 1 or weight.shape[2] == 1:
