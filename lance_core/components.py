@@ -147,7 +147,7 @@ class Components:
         embeds = vit(
             patches.to(self.device, self.dtype),
             [(t, h, w)],
-            progress=lambda i, n: self.report("encoding the picture", i, n),
+            progress=lambda i, n: self.report("ViT encoding", i, n),
         )
         if not bool(torch.isfinite(embeds).all()):
             raise NumericsError(f"the ViT gave NaN or infinity{self.blame('vit')}")
@@ -159,7 +159,7 @@ class Components:
         size.
         """
         pixels = preprocess.vae_pixels(clip, resolution).to(self.device, self.dtype)
-        latent = self.vae.encode(pixels, progress=lambda i, n: self.report("encoding", i, n))
+        latent = self.vae.encode(pixels, progress=lambda i, n: self.report("VAE encoding", i, n))
         if not bool(torch.isfinite(latent).all()):
             raise NumericsError(f"the VAE's encoder gave NaN or infinity{self.blame('vae')}")
         return normalize_latent(latent.float())[0].permute(1, 2, 3, 0)
