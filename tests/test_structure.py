@@ -19,7 +19,7 @@ FILES = sorted(CORE.rglob("*.py"))
 # it).
 LAYERS = [
     {"errors"},
-    {"config"},
+    {"config", "checks"},
     {"hub", "model"},
     {"vae", "inputs"},
     {"checkpoint"},
