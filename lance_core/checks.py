@@ -108,7 +108,7 @@ def text(what: str, value: Any) -> str:
     """Text that can be encoded; it may be empty.
 
     Raises:
-        RequestError: another type, or half a character (a lone surrogate, which broken JSON and bytes that are
+        RequestError: another type, or half a character (a lone surrogate, as broken JSON and bytes that are
             not UTF-8 give).
     """
     if not isinstance(value, str):
