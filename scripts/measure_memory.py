@@ -39,7 +39,8 @@ from lance_core.checkpoint.quantize import FORMATS, QuantLinear, quantisable, sw
 from lance_core.config import CELL, LATENT_CHANNELS, RELEASED_LLM, RELEASED_VAE, RELEASED_VIT, LanceConfig
 from lance_core.inputs import preprocess
 from lance_core.model.decoder import join
-from lance_core.model.dual_expert import Branch, DualExpert, Generation, Plan, Prepared, Understanding
+from lance_core.model.dual_expert import DualExpert, Generation, Plan, Row, Understanding
+from lance_core.model.sequence import Branch
 from lance_core.model.token_loop import TokenLoop
 from lance_core.model.vit import VisionTower
 from lance_core.vae.wan import TILE, WanVAE
@@ -226,9 +227,9 @@ class Bench:
                 self.config.llm, modules["und"], modules["gen"], dtype=COMPUTE, device=self.device
             )
             sequence = case.sequence(self.config)
-            prepared = Prepared(sequence, Plan.of(sequence, self.config.tokens_per_second, guided=True))
-            self.note(meter, "prefill", lambda: model.fill(prepared))
-            both = [Branch(prepared, 0), Branch(prepared, 1)]
+            plan = Plan.of(sequence, self.config.tokens_per_second, guided=True)
+            prepared = self.note(meter, "prefill", lambda: model.prefill(plan))
+            both = [Row(prepared, b) for b in Branch]
             x = self.empty(1, *case.grid, LATENT_CHANNELS, dtype=torch.float32)
             t = self.empty(1, case.grid[0], dtype=torch.float32)
             self.note(

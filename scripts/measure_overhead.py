@@ -174,8 +174,13 @@ class Paths:
             )
             prepared = lance._prefill(sequence, True, None)
             x = sampler.seeded_noise(self.seed, self.grid)[None].to(self.device)
-            lance.denoise(
-                prepared, x, sampler.schedule(self.steps), guidance, callback=lambda *_: self.stamp()
+            self.modules["denoise"].denoise(
+                lance.components.experts(),
+                prepared,
+                x,
+                sampler.schedule(self.steps),
+                guidance,
+                callback=lambda *_: self.stamp(),
             ).cpu()
 
 

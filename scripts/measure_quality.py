@@ -35,7 +35,8 @@ from lance_core.checkpoint.checkpoint import Checkpoint
 from lance_core.checkpoint.quantize import FORMATS, quantisable
 from lance_core.config import LATENT_CHANNELS, RELEASED_LLM, RELEASED_VAE, RELEASED_VIT, LanceConfig
 from lance_core.errors import CheckpointError
-from lance_core.model.dual_expert import Branch, DualExpert, Generation, Plan, Understanding
+from lance_core.model.dual_expert import DualExpert, Generation, Plan, Row, Understanding
+from lance_core.model.sequence import Branch
 from lance_core.model.sampler import Guidance, euler, schedule
 from lance_core.vae.wan import WanVAE, denormalize_latent
 
@@ -156,8 +157,8 @@ def outputs(
     """What the experts say of one fixed request, MEASURES by name; without a VAE no pixels."""
     case = Case(cells * 16, cells * 16, 1, 1, True, False, 24, (1, cells, cells), (1, 8, 8))
     sequence = case.sequence(config)
-    prepared = model.prefill(sequence, Plan.of(sequence, config.tokens_per_second, guided=True))
-    rows = [Branch(prepared, 0), Branch(prepared, 1)]
+    prepared = model.prefill(Plan.of(sequence, config.tokens_per_second, guided=True))
+    rows = [Row(prepared, b) for b in Branch]
     x = noise(1, *case.grid, LATENT_CHANNELS)
 
     def velocity(x: Tensor, t: Tensor, guided: bool) -> tuple[Tensor, Tensor | None]:

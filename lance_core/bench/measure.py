@@ -20,14 +20,14 @@ from ..checkpoint.checkpoint import Progress
 from ..config import LATENT_CHANNELS, LanceConfig, LLMConfig
 from ..errors import RequestError
 from ..inputs import tasks
-from ..model.decoder import PIECE, compile_layers, join
-from ..model.dual_expert import DualExpert, Generation, Plan, Prepared, Understanding
+from ..model.decoder import FEED_CHUNK, compile_layers, join
+from ..model.denoise import denoise
+from ..model.dual_expert import DualExpert, Generation, Plan, Understanding
 from ..model.sampler import Guidance, schedule
 from ..model.sequence import Sequence
-from ..model.side_stream import Side
+from ..model.side_stream import SideStream
 from ..model.token_loop import TokenLoop
 from ..model.vit import VisionTower
-from ..pipeline import Lance
 from ..text_generation import Chooser
 from ..vae.wan import WanVAE
 from . import cost as cost
@@ -44,16 +44,6 @@ STEPS = 30  # of the released schedule
 LONG = 0.1
 
 
-class Engine(Lance):
-    """`Lance.denoise` over a model that no checkpoint backs."""
-
-    def __init__(self, model: DualExpert) -> None:
-        self.model, self.progress, self._parts = model, None, {}
-
-    def experts(self, generation: bool = True) -> DualExpert:
-        return self.model
-
-
 @dataclass(frozen=True)
 class Bench:
     """What is measured, on what, and how long. budget: see `Meter`; compile: see `pipeline.load`; side: see
@@ -68,7 +58,7 @@ class Bench:
     progress: Progress | None = None
     budget: float | None = None
     compile: bool = False
-    side: Side | None = None
+    side: SideStream | None = None
     profile: bool = False
 
     def say(self, what: str, done: int, total: int) -> None:
@@ -97,7 +87,7 @@ class Bench:
             3 * llm.intermediate_size * size,
             8 * llm.hidden_size * size,
         )  # of a token, in the feed-forward and around it
-        work = rows * block * stream + min(rows * block, PIECE) * wide
+        work = rows * block * stream + min(rows * block, FEED_CHUNK) * wide
         if self.baseline:
             held += sum(shared + rest for rest in rests)
             work = max(work, block * (2 * stream + wide))  # one row at a time, and all of its tokens
@@ -222,7 +212,7 @@ class Bench:
         times, guidance = schedule(STEPS)[: count + 1], Guidance() if guided else Guidance(1.0)
         if isinstance(version, Baseline):
             return lambda: version.denoise(prepared, sequence, x, times, guidance)
-        return lambda: Engine(version).denoise(prepared, x, times, guidance)
+        return lambda: denoise(version, prepared, x, times, guidance)
 
     def _tokens(self, version: Any, question: Sequence, room: int, count: int) -> Callable[[], None]:
         """`count` tokens decoded greedily, each going on from where the last call stopped."""
@@ -315,7 +305,7 @@ class Bench:
 
         synchronize(self.device)
         began = time.perf_counter()
-        Engine(model).denoise(prepared, x, times, guidance, callback=step)
+        denoise(model, prepared, x, times, guidance, callback=step)
         return {
             "seconds": ends[-1] - began,
             "steps": [end - start for start, end in pairwise([began, *ends])],
@@ -386,11 +376,7 @@ class Bench:
 
 
 def _prefill(version: DualExpert | Baseline, sequence: Sequence, plan: Plan) -> Any:
-    return (
-        version.prefill(sequence, plan)
-        if isinstance(version, Baseline)
-        else version.fill(Prepared(sequence, plan))
-    )
+    return version.prefill(sequence, plan) if isinstance(version, Baseline) else version.prefill(plan)
 
 
 def _ratio(slow: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:

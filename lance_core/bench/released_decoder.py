@@ -23,7 +23,7 @@ from ..model import rope
 from ..model.decoder import JOINED, ExpertLayer
 from ..model.dual_expert import DualExpert, Plan, latent_positions
 from ..model.sampler import Guidance, euler
-from ..model.sequence import MARKERS, Kind, Segment, Sequence, merge_text
+from ..model.sequence import MARKERS, Branch, Kind, Placed, Sequence, TextSegment, merge_text
 
 
 @dataclass(eq=False)
@@ -85,8 +85,8 @@ class Baseline:
     def prefill(self, sequence: Sequence, plan: Plan) -> list[Side]:
         """Every branch's whole context, what they share included."""
         sides = []
-        for i, rest in enumerate(plan.rests):
-            target = plan.targets[i] if plan.targets else None
+        for branch, rest in plan.rests.items():
+            target = plan.targets.get(branch)
             side = Side(
                 [None] * self.config.num_layers, target, sequence.target.grid if sequence.target else None
             )
@@ -98,7 +98,9 @@ class Baseline:
         """An understanding prompt's cache and the next token's logits."""
         plan = Plan.of(sequence, tokens_per_second, guided=False)
         side = Side([None] * self.config.num_layers, None, None)
-        return side, self.model.logits(self._extend(side, sequence, plan.prefix + plan.rests[0])[None])
+        return side, self.model.logits(
+            self._extend(side, sequence, plan.prefix + plan.rests[Branch.CONDITIONAL])[None]
+        )
 
     def next_token(self, side: Side, token: int, position: int) -> Tensor:
         """Append one text token and return the logits after it, float32 [vocabulary]."""
@@ -152,18 +154,16 @@ class Baseline:
         tokens[self._others(where, len(tokens))] = self._embed([sequence.start, sequence.end])
         return tokens, where
 
-    def _extend(self, side: Side, sequence: Sequence, parts: list[tuple[Segment, Tensor]]) -> Tensor:
-        positions = {id(s): p for s, p in parts}
+    def _extend(self, side: Side, sequence: Sequence, parts: list[Placed]) -> Tensor:
         hidden = torch.empty(0)
-        for group in merge_text(s for s, _ in parts):
-            first, where = group[0], None
-            position = torch.cat([positions[id(s)] for s in group], dim=1)
-            if first.kind is Kind.TEXT:
-                tokens = self._embed([i for s in group for i in s.ids])
+        for first, position in merge_text(parts):
+            where = None
+            if isinstance(first, TextSegment):
+                tokens = self._embed(list(first.ids))
             else:
                 position = reading_order(position)
                 data = first.data.to(self.model.device)
-                if first.kind is Kind.SEEN:
+                if first.kind is Kind.VIT:
                     start, end = self._embed([sequence.start, sequence.end]).split(1)
                     tokens = torch.cat([start, data.to(self.model.dtype), end])
                 else:

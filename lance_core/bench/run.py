@@ -23,7 +23,7 @@ from ..config import RELEASED_LLM, RELEASED_VAE, RELEASED_VIT, LanceConfig
 from ..errors import RequestError
 from ..inputs import tasks
 from ..model.decoder import check_compiler
-from ..model.side_stream import Side
+from ..model.side_stream import SideStream
 from . import plot, suite
 from .case import Case, case_of
 from .device import Others, device_of, machine
@@ -141,7 +141,7 @@ def run(args: argparse.Namespace, progress: Progress | None = None) -> dict[str,
     if dtype is None:
         raise RequestError(f"dtype is {args.dtype!r}, expected one of {', '.join(DTYPES)}")
     _check(args)
-    options = (args.compile, Side(device) if args.overlap else None, args.profile)
+    options = (args.compile, SideStream(device) if args.overlap else None, args.profile)
     if args.compile:
         check_compiler(device)
     config, others = _config(args.model), Others()
