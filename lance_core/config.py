@@ -43,6 +43,8 @@ class SamplingDefaults:
 
 
 RELEASED_SAMPLING = SamplingDefaults()
+RENORMS = ("global", "channel", "none")
+STORED_DTYPES = ("fp32", "bf16", "fp16", "fp8", "int8", "int4", "nvfp4")  # what `convert` writes
 
 
 def latent_frames(frames: int) -> int:

@@ -36,8 +36,8 @@ from lance_core.checkpoint.quantize import FORMATS, quantisable
 from lance_core.config import LATENT_CHANNELS, RELEASED_LLM, RELEASED_VAE, RELEASED_VIT, LanceConfig
 from lance_core.errors import CheckpointError
 from lance_core.model.dual_expert import DualExpert, Generation, Plan, Row, Understanding
-from lance_core.model.sequence import Branch
 from lance_core.model.sampler import Guidance, euler, schedule
+from lance_core.model.sequence import Branch
 from lance_core.vae.wan import WanVAE, denormalize_latent
 
 GOLDEN = ROOT / "tests" / "golden" / "checkpoint" / "Lance_3B_Video"

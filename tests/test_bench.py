@@ -27,8 +27,8 @@ from lance_core.errors import CheckpointError, RequestError
 from lance_core.model.decoder import join
 from lance_core.model.denoise import denoise
 from lance_core.model.dual_expert import DualExpert, Generation, Plan, Row, Understanding
-from lance_core.model.sequence import Branch
 from lance_core.model.sampler import Guidance, schedule
+from lance_core.model.sequence import Branch
 from lance_core.model.token_loop import TokenLoop
 from lance_core.model.vit import VisionTower
 from lance_core.vae.wan import WanVAE

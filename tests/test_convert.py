@@ -19,12 +19,12 @@ from safetensors import safe_open
 
 import lance_core
 from lance_core import config
-from lance_core.__main__ import main
 from lance_core.checkpoint import tiny
 from lance_core.checkpoint.checkpoint import Checkpoint
 from lance_core.checkpoint.convert import DTYPES, convert, report
 from lance_core.checkpoint.quantize import FORMATS
 from lance_core.checkpoint.tensor_files import SafetensorsFile
+from lance_core.cli.main import main
 from lance_core.errors import CheckpointError, RequestError
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -18,75 +18,26 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ..config import CELL, OUTPUT_FPS, ViTConfig
-from ..errors import MediaError, RequestError
+from ..config import OUTPUT_FPS, ViTConfig
+from ..errors import MediaError
+from .sizes import PRESETS, RATIOS, Size, bucket, buckets, require_pixels, round_cells, sides
 
-# Preset -> side R of its 1:1 bucket in pixels, for the latents and for the ViT.
-PRESETS: dict[str, tuple[int, int]] = {
-    "image_256res": (256, 224),
-    "image_512res": (512, 448),
-    "image_768res": (768, 672),
-    "video_192p": (256, 224),
-    "video_360p": (480, 476),
-    "video_480p": (640, 616),
-}
-RATIOS = (21 / 9, 16 / 9, 4 / 3, 1.0, 3 / 4, 9 / 16)  # width / height
+__all__ = [
+    "PRESETS",
+    "RATIOS",
+    "bucket",
+    "buckets",
+    "round_cells",
+    "sides",
+]  # of sizes.py, for who wants both
+
 MAX_SECONDS = 6  # of a clip, as far as its number of picked frames goes; the picks still span all of it
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 EXIF_ORIENTATION = 0x0112
 MERGED_PATCH = 28  # pixels a side of one ViT token, of every released configuration
 
-Size = tuple[int, int]
 Frames = np.ndarray | Sequence[Any] | Tensor
-
-
-def sides(preset: str) -> tuple[int, int]:
-    """(latent R, ViT R) of a preset, in pixels.
-
-    Raises:
-        RequestError: no such preset.
-    """
-    if preset not in PRESETS:
-        raise RequestError(f"resolution preset {preset!r} is unknown; choose one of {', '.join(PRESETS)}.")
-    return PRESETS[preset]
-
-
-def round_cells(pixels: float) -> int:
-    """The multiple of 16 nearest to `pixels` (a tie goes to the even multiple)."""
-    return round(pixels / CELL) * CELL
-
-
-@lru_cache(maxsize=64)
-def buckets(side: int) -> tuple[Size, ...]:
-    """The (width, height) of each of `RATIOS` at about side*side pixels, both multiples of 16."""
-    if side < 2 * CELL:
-        raise RequestError(
-            f"a bucket side of {side} pixels is too small; {2 * CELL} is the least, presets start at 224."
-        )
-    found = []
-    for ratio in RATIOS:
-        wide = round_cells(side * math.sqrt(ratio))
-        tall = round_cells(side / math.sqrt(ratio))
-        candidates = ((wide, round_cells(wide / ratio)), (round_cells(tall * ratio), tall))
-        found.append(
-            min(
-                candidates,
-                key=lambda c: (abs(c[0] / c[1] - ratio), abs(c[0] * c[1] - side * side), c[0] * c[1]),
-            )
-        )
-    return tuple(found)
-
-
-def bucket(width: int, height: int, side: int) -> Size:
-    """The bucket (width, height) of side R whose own ratio is nearest the picture's; the wider one on a tie.
-
-    Raises:
-        MediaError: the picture has no pixels.
-    """
-    _require_pixels(width, height)
-    ratio = width / height
-    return min(buckets(side), key=lambda size: abs(size[0] / size[1] - ratio))
 
 
 def vae_size(width: int, height: int, preset: str) -> Size:
@@ -111,7 +62,7 @@ def crop_box(width: int, height: int, bucket_w: int, bucket_h: int) -> tuple[int
     Raises:
         MediaError: the picture has no pixels.
     """
-    _require_pixels(width, height)
+    require_pixels(width, height)
     ratio = bucket_w / bucket_h
     w, h = round(math.sqrt(width * height * ratio)), round(math.sqrt(width * height / ratio))
     if 1 <= w <= width and 1 <= h <= height:
@@ -281,7 +232,7 @@ def check_frames(frames: Frames) -> np.ndarray | list[np.ndarray]:
                 "one clip; "
                 "resize them to one size first."
             )
-    _require_pixels(first.shape[1], first.shape[0])
+    require_pixels(first.shape[1], first.shape[0])
     return listed
 
 
@@ -401,8 +352,3 @@ def _normalised_levels() -> np.ndarray:
 
 def _size(frames: np.ndarray | list[np.ndarray]) -> Size:
     return frames[0].shape[1], frames[0].shape[0]
-
-
-def _require_pixels(width: int, height: int) -> None:
-    if width < 1 or height < 1:
-        raise MediaError(f"a picture of {width}x{height} pixels came; it needs at least one pixel each way.")

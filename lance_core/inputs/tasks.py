@@ -14,8 +14,29 @@ from typing import Any
 
 from ..config import CELL, LATENT_CHANNELS, MAX_FRAMES, MAX_LATENT_SIDE
 from ..errors import RequestError
-from .preprocess import PRESETS, bucket, sides
-from .prompts import SYSTEM_PROMPTS
+from .sizes import PRESETS, bucket, sides
+
+SYSTEM_PROMPTS = {
+    "t2i": "Describe the image by detailing the color, quantity, text, shape, size, texture, spatial "
+    "relationships of the objects "
+    "and background:",
+    "t2v": "Describe the video by detailing the color, quantity, visible text, shape, size, texture, "
+    "spatial relationships and "
+    "motion/camera movements of the objects and background:",
+    "edit": "Describe the key features of the input {vision} (color, shape, size, texture, objects, "
+    "background), then explain how the "
+    "user’s text instruction should alter or modify the {vision}. Generate a new {vision} that meets the "
+    "user’s requirements while "
+    "maintaining consistency with the original input where appropriate.",
+    "subject": "Describe the key features of the input image (color, shape, size, texture, objects, "
+    "background, style), then "
+    "incorporate the user’s text description to generate a new {vision} that satisfies the user’s "
+    "requirements while preserving the "
+    "essential identity and object or style information from the reference input.",
+    "x2t_image": "Look at the image carefully and answer the question.",
+    "x2t_video": "Watch the video carefully and answer the question.",
+}
+"""The instructions the weights were trained with; {vision} is the kind of thing to make, "image" or "video"."""
 
 MAX_NEW_TOKENS = 4096
 DEFAULT_FRAMES = 50  # of the released command line; lowered to 49

@@ -11,10 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..config import LATENT_CHANNELS
+from ..config import LATENT_CHANNELS, RENORMS
 from ..errors import NumericsError, RequestError
-
-RENORMS = ("global", "channel", "none")
 
 
 def schedule(steps: int, shift: float = 3.5) -> Tensor:
