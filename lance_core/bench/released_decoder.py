@@ -1,7 +1,6 @@
-"""The released code's procedure, written plainly from the model's description, for bench.py to measure ours
-against.
+"""The released code's procedure, written plainly from the model's description, to measure ours against.
 
-The same weights and the same results as model.py, reached the way the released inference code does: tokens in
+The same weights and the same results as ours, reached the way the released inference code does: tokens in
 reading order, experts chosen per token by gathering and scattering into zero-filled copies, the whole
 key/value cache copied into a new tensor in every layer of every pass, keys and values expanded to all query
 heads, each guidance branch with a context of its own and a pass of its own, one row at a time. Nothing but
@@ -14,14 +13,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..model import rope
-from ..model.decoder import JOINED, ExpertLayer
-from ..model.dual_expert import DualExpert, Plan, latent_positions
+from ..model.decoder import JOINED
+from ..model.dual_expert import DualExpert, Generation, Plan, latent_positions
 from ..model.sampler import Guidance, euler
 from ..model.sequence import MARKERS, Kind, Segment, Sequence, merge_text
 
@@ -34,13 +34,12 @@ class Side:
 
     cache: list[tuple[Tensor, Tensor] | None]
     target: Tensor | None
-    grid: tuple[int, int, int] | None
 
 
 Part = Callable[[Tensor], Tensor]
 
 
-def parts_of(layer: ExpertLayer) -> dict[str, Part]:
+def parts_of(layer: Any) -> dict[str, Part]:
     """What one expert's layer is made of, each projection on its own and multiplied plainly: rows of a joined
     weight are views.
     """
@@ -77,8 +76,10 @@ class Baseline:
 
     def __init__(self, model: DualExpert) -> None:
         self.model, self.config = model, model.config
-        self.und = [parts_of(layer) for layer in model.und.layers]
-        self.gen = [parts_of(layer) for layer in model.gen.layers] if model.gen else []
+        self.und, self.gen = (
+            [parts_of(layer) for layer in expert.layers] if expert else []
+            for expert in (model.und, model.gen)
+        )
 
     # -- passes ----------------------------------------------------------------------------------------------
 
@@ -86,10 +87,7 @@ class Baseline:
         """Every branch's whole context, what they share included."""
         sides = []
         for i, rest in enumerate(plan.rests):
-            target = plan.targets[i] if plan.targets else None
-            side = Side(
-                [None] * self.config.num_layers, target, sequence.target.grid if sequence.target else None
-            )
+            side = Side([None] * self.config.num_layers, plan.targets[i] if plan.targets else None)
             self._extend(side, sequence, plan.prefix + rest)
             sides.append(side)
         return sides
@@ -97,7 +95,7 @@ class Baseline:
     def read(self, sequence: Sequence, tokens_per_second: float) -> tuple[Side, Tensor]:
         """An understanding prompt's cache and the next token's logits."""
         plan = Plan.of(sequence, tokens_per_second, guided=False)
-        side = Side([None] * self.config.num_layers, None, None)
+        side = Side([None] * self.config.num_layers, None)
         return side, self.model.logits(self._extend(side, sequence, plan.prefix + plan.rests[0])[None])
 
     def next_token(self, side: Side, token: int, position: int) -> Tensor:
@@ -109,16 +107,18 @@ class Baseline:
 
     def following(self, side: Side) -> Callable[[int], Tensor]:
         """What `TokenLoop` is; where in the sequence the tokens lie makes no difference to the time."""
-        places = count(len(side.cache[0][0]) if side.cache else 0)
+        first = side.cache[0] if side.cache else None
+        places = count(0 if first is None else len(first[0]))
         return lambda token: self.next_token(side, token, next(places))
 
     def velocity(self, side: Side, sequence: Sequence, x: Tensor, t: Tensor) -> Tensor:
         """Velocity of one row's noisy latents x [1, frames, h, w, 48] at t [1, frames]; float32, shaped like
         x.
         """
-        gen = self.model.gen
+        gen, target = self._generation, side.target
+        assert target is not None  # its branch was prefilled for generation
         tokens, where = self._visual(sequence, x, t)
-        out = self._pass(tokens, where, reading_order(side.target), side, keep=False, causal=False)
+        out = self._pass(tokens, where, reading_order(target), side, keep=False, causal=False)
         return gen.llm2vae(gen.norm(out[where])).float().view(x.shape)
 
     def denoise(
@@ -138,14 +138,20 @@ class Baseline:
 
     # -- inside a pass ---------------------------------------------------------------------------------------
 
+    @property
+    def _generation(self) -> Generation:
+        assert self.model.gen is not None  # latents are only given to a model that generates
+        return self.model.gen
+
     def _embed(self, ids: list[int]) -> Tensor:
         return self.model.und.embed_tokens(torch.tensor(ids, device=self.model.device)).to(self.model.dtype)
 
     def _visual(self, sequence: Sequence, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """A latent block in reading order [n, hidden] and the places of its latent tokens."""
-        model, grid = self.model, tuple(x.shape[1:4])
+        model = self.model
+        grid = (x.shape[1], x.shape[2], x.shape[3])
         table = latent_positions(grid, self.config.hidden_size).to(model.device, model.dtype)
-        latents = model.gen.embed_latents(x, t, table, model.dtype)[0]
+        latents = self._generation.embed_latents(x, t, table, model.dtype)[0]
         where = torch.arange(1, len(latents) + 1, device=model.device)
         tokens = latents.new_zeros(len(latents) + MARKERS, latents.shape[-1])
         tokens[where] = latents
@@ -221,8 +227,8 @@ class Baseline:
         if keep:
             side.cache[index] = (keys, values)
         groups = self.config.num_heads // self.config.num_kv_heads
-        expanded = (t.repeat_interleave(groups, dim=1)[None] for t in (keys, values))
-        attended = self.model.attention(q, *expanded, causal)[0].flatten(1)
+        keys, values = (t.repeat_interleave(groups, dim=1)[None] for t in (keys, values))
+        attended = self.model.attention(q, keys, values, causal)[0].flatten(1)
         x = x + each("o_proj", attended)
         return x + each("mlp", each("post_attention_layernorm", x))
 
