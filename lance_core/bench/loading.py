@@ -25,14 +25,7 @@ from typing import Any
 import torch
 
 from ..checkpoint import tiny
-from ..checkpoint.checkpoint import (
-    VAE_FILES,
-    VIT_FILE,
-    VIT_FOLDER,
-    Checkpoint,
-    Progress,
-    released_name,
-)
+from ..checkpoint.checkpoint import VAE_FILES, VIT_FILE, VIT_FOLDER, Checkpoint, Progress, released_name
 from ..checkpoint.quantize import FORMATS, stored_names
 from ..checkpoint.tensor_files import DTYPES
 from ..config import IMAGE_TABLE_ROWS, LanceConfig, to_json
@@ -216,6 +209,8 @@ def run(args: argparse.Namespace, progress: Progress | None = None) -> dict[str,
     unknown = sorted(set(args.cases or ()) - set(names))
     if unknown:
         raise RequestError(f"there is no case {unknown[0]!r}; expected some of {', '.join(names)}")
+    if args.folder and not Path(args.folder).is_dir():
+        raise RequestError(f"--folder {args.folder} does not exist; make it first")
     if Peak(CPU).read() is None:
         raise RequestError("the peak of loading is read from /proc, which this system does not have")
     config = replace(RELEASED, llm=replace(RELEASED.llm, num_layers=layers))

@@ -326,11 +326,7 @@ class Bench:
     # -- putting together ------------------------------------------------------------------------------------
 
     def _decoder_entry(
-        self,
-        timed: dict[str, Any],
-        price: Price,
-        llm: LLMConfig,
-        speed: dict[str, Any],
+        self, timed: dict[str, Any], price: Price, llm: LLMConfig, speed: dict[str, Any]
     ) -> dict[str, Any]:
         entry = timed["ours"] | against(price(llm), timed["ours"]["seconds"], speed)
         full = self.config.llm
