@@ -50,6 +50,15 @@ class Case:
         """Latent tokens of one result."""
         return self.grid[0] * self.grid[1] * self.grid[2]
 
+    def input_shape(self, name: str, config: LanceConfig) -> tuple[int, ...]:
+        """Of what "vit", "encode" or "decode" takes: patches, pixels or a latent."""
+        if name == "encode":
+            return (1, 3, self.frames, self.height, self.width)
+        if name == "decode":
+            return (1, LATENT_CHANNELS, *self.grid)
+        vit, (t, h, w) = vit_of(config), self.seen
+        return (t * h * w, vit.in_channels * vit.temporal_patch_size * vit.patch_size**2)
+
     def sequence(self, config: LanceConfig) -> Sequence:
         """A generation request, an edit's if so asked."""
         visual = []

@@ -13,7 +13,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -22,9 +22,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint.checkpoint import Progress
 from ..errors import RequestError
 from ..model.dual_expert import DualExpert, Generation, Understanding
 
+T = TypeVar("T")
 M = TypeVar("M", bound=nn.Module)
 E = TypeVar("E", Understanding, Generation)
 CPU = torch.device("cpu")
@@ -110,6 +112,14 @@ def _processor() -> str:
         (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
         platform.processor() or platform.machine(),
     )
+
+
+def watched(things: Mapping[str, T], progress: Progress | None) -> Iterator[T]:
+    """Each thing in turn, by its name in the progress told."""
+    for done, (name, thing) in enumerate(things.items()):
+        if progress is not None:
+            progress(name, done, len(things))
+        yield thing
 
 
 # -- memory --------------------------------------------------------------------------------------------------

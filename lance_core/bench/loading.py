@@ -32,7 +32,7 @@ from ..config import IMAGE_TABLE_ROWS, LanceConfig, to_json
 from ..errors import RequestError
 from ..inputs.tasks import check_count
 from .case import RELEASED, vit_of
-from .device import CPU, Peak, Stopwatch, child, free_memory
+from .device import CPU, Peak, Stopwatch, child, free_memory, watched
 from .memory import build, size_of
 from .report import Block, Table, gigabytes
 
@@ -219,13 +219,11 @@ def run(args: argparse.Namespace, progress: Progress | None = None) -> dict[str,
         raise RequestError(
             f"{need / 1e9:.1f} GB of memory are needed and {there / 1e9:.1f} GB are free; try fewer --layers"
         )
-    chosen = [case for case in CASES if case.name in (args.cases or names)]
-    results = []
+    chosen = {f"loading {case.name}": case for case in CASES if case.name in (args.cases or names)}
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        for i, case in enumerate(chosen):
-            if progress is not None:
-                progress(f"loading {case.name}", i, len(chosen))
-            results.append(measure(case, config, args.parts, args.repeat, Path(folder)))
+        results = [
+            measure(case, config, args.parts, args.repeat, Path(folder)) for case in watched(chosen, progress)
+        ]
     told = {"bench": "loading", "torch": torch.__version__, "repeat": args.repeat}
     return told | {"layers": layers, "of_layers": total, "parts": args.parts, "results": results}
 

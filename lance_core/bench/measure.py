@@ -259,7 +259,9 @@ class Bench:
     def picture(self, name: str, case: Case, model: Any, speed: dict[str, Any]) -> dict[str, Any]:
         """ "vit", or the VAE's "encode" or "decode"."""
         self.say(f"{case.label}: {name}", 0, 1)
-        x = self._picture_input(name, case)
+        x = noise(*case.input_shape(name, self.config)).to(self.device, self.dtype)
+        if name == "encode":
+            x.clamp_(-1, 1)
         calls: dict[str, Callable[[], object]] = {
             "ours": partial(model, x, [case.seen]) if name == "vit" else partial(getattr(model, name), x)
         }
@@ -275,16 +277,6 @@ class Bench:
     def _profiled(self, setup: Callable[[], Callable[[], object]]) -> dict[str, Any]:
         """What of ours the time goes to, if that was asked for."""
         return {"profile": profile(setup(), self.device)} if self.profile else {}
-
-    def _picture_input(self, name: str, case: Case) -> Tensor:
-        shape: tuple[int, ...] = (1, 3, case.frames, case.height, case.width)
-        if name == "decode":
-            shape = (1, LATENT_CHANNELS, *case.grid)
-        elif name == "vit":
-            c, (t, h, w) = vit_of(self.config), case.seen
-            shape = (t * h * w, c.in_channels * c.temporal_patch_size * c.patch_size**2)
-        x = noise(*shape).to(self.device, self.dtype)
-        return x.clamp_(-1, 1) if name == "encode" else x
 
     def picture_cost(self, name: str, case: Case) -> cost.Cost:
         """What `picture` must cost."""

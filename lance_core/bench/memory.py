@@ -35,7 +35,7 @@ from ..model.vit import VisionTower
 from ..vae.wan import TILE, WanVAE
 from .accounting import Accountant
 from .case import RELEASED, Case, case_of, vit_of
-from .device import Peak, fill, free
+from .device import Peak, fill, free, watched
 from .options import PARTS
 from .report import Block, Notes, Table, gigabytes
 
@@ -185,26 +185,15 @@ class Stages:
         """An input."""
         return torch.zeros(shape, dtype=dtype, device=self.device)
 
-    def see(self, case: Case) -> None:
-        """The ViT over a picture or clip."""
-        c, (t, h, w) = vit_of(self.config), case.seen
-        with self.loaded("vit") as (meter, modules):
-            patches = self.zeros(t * h * w, c.in_channels * c.temporal_patch_size * c.patch_size**2)
-            self.note(meter, "vision tower", lambda: modules["vit"](patches, [case.seen]))
-
-    def encode(self, case: Case, frames: int) -> None:
-        """The VAE over a picture or clip."""
-        with self.loaded("vae") as (meter, modules):
-            pixels = self.zeros(1, 3, frames, case.height, case.width)
-            self.note(meter, "VAE encode", lambda: modules["vae"].encode(pixels))
-
-    def decode(self, case: Case) -> None:
-        """The VAE over the result, whole and in the tiles it falls back to."""
-        tile = min(TILE, (max(case.grid[1:]) + 1) // 2)
-        for stage, side in (("VAE decode", None), (f"VAE decode, tiles of {tile * CELL} px", tile)):
-            with self.loaded("vae") as (meter, modules):
-                latent = self.zeros(1, LATENT_CHANNELS, *case.grid)
-                self.note(meter, stage, partial(modules["vae"].decode, latent, tile=side))
+    def picture(self, stage: str, name: str, case: Case, **options: Any) -> None:
+        """The "vit", or the VAE's "encode" or "decode", over a picture or clip."""
+        with self.loaded("vit" if name == "vit" else "vae") as (meter, modules):
+            x = self.zeros(*case.input_shape(name, self.config))
+            if name == "vit":
+                work = partial(modules["vit"], x, [case.seen])
+            else:
+                work = partial(getattr(modules["vae"], name), x, **options)
+            self.note(meter, stage, work)
 
     def generate(self, case: Case) -> None:
         """Both branches' context, then a guided step: one forward of two rows, and two forwards of one."""
@@ -241,11 +230,14 @@ def pictures(request: Request, config: LanceConfig, device: str, place: str) -> 
     """The ViT's and the VAE's stages of a request, which do not depend on the experts' weights."""
     stages, case = Stages(config, device, place=place), request.case(config)
     if request.task in ("edit", "vqa"):
-        stages.see(case)
+        stages.picture("vision tower", "vit", case)
     if request.task in ("edit", "i2v"):
-        stages.encode(case, 1 if request.task == "i2v" else request.frames)
+        first = replace(case, frames=1) if request.task == "i2v" else case
+        stages.picture("VAE encode", "encode", first)
     if request.task != "vqa":
-        stages.decode(case)
+        tile = min(TILE, (max(case.grid[1:]) + 1) // 2)  # what decoding falls back to
+        stages.picture("VAE decode", "decode", case)
+        stages.picture(f"VAE decode, tiles of {tile * CELL} px", "decode", case, tile=tile)
     return stages
 
 
@@ -280,10 +272,8 @@ def run(args: argparse.Namespace, progress: Progress | None = None) -> dict[str,
     if args.device == "cuda" and not torch.cuda.is_available():
         raise RequestError("torch sees no CUDA device; leave --device out, and tensors are counted instead")
     results, largest = [], {}
-    todo = [(r, w, p) for r in chosen for w in WEIGHTS for p in PLACES]
-    for i, (request, weights, place) in enumerate(todo):
-        if progress is not None:
-            progress(f"{request.name}, {weights}, {place}", i, len(todo))
+    todo = {f"{r.name}, {w}, {p}": (r, w, p) for r in chosen for w in WEIGHTS for p in PLACES}
+    for request, weights, place in watched(todo, progress):
         stages = measure(request, RELEASED, args.device, weights, place)
         told = {"request": request.name, "weights": weights, "place": place}
         results.append(told | {"peaks": stages.peaks})

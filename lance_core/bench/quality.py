@@ -30,7 +30,7 @@ from ..model.dual_expert import Branch, DualExpert, Generation, Plan, Understand
 from ..model.sampler import Guidance, schedule
 from ..vae.wan import WanVAE, denormalize_latent
 from .case import RELEASED, Case, noise, vae_of
-from .device import CPU, fill, materialise
+from .device import CPU, fill, materialise, watched
 from .measure import denoise
 from .report import Block, Notes, Table
 
@@ -177,9 +177,7 @@ def measure(
         exact = look(subject.experts(Variant("float32", "fp32", "fp32")))
         half: dict[str, Tensor] = {}
         results = []
-        for i, variant in enumerate(variants):
-            if progress is not None:
-                progress(variant.label, i, len(variants))
+        for variant in watched({variant.label: variant for variant in variants}, progress):
             found = look(subject.experts(variant))
             half = half or found
             drifts = {

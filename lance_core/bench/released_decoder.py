@@ -37,6 +37,7 @@ class Side:
 
 
 Part = Callable[[Tensor], Tensor]
+Each = Callable[[str, Tensor], Tensor]
 
 
 def parts_of(layer: Any) -> dict[str, Part]:
@@ -55,6 +56,25 @@ def parts_of(layer: Any) -> dict[str, Part]:
             parts |= {part: partial(F.linear, weight=weight, bias=bias) for part, weight, bias in alone}
     parts["mlp"] = lambda x: parts["down_proj"](F.silu(parts["gate_proj"](x)) * parts["up_proj"](x))
     return parts | {name: getattr(layer, name) for name in ("input_layernorm", "post_attention_layernorm")}
+
+
+def _each(
+    experts: tuple[dict[str, Part], dict[str, Part]],
+    places: tuple[Tensor, Tensor] | None,
+    name: str,
+    x: Tensor,
+) -> Tensor:
+    """Every token through its own expert's part of that name; places: of each expert's tokens, None where
+    all are the first's.
+    """
+    if places is None:
+        return experts[0][name](x)
+    out = torch.empty(0)
+    for expert, where in zip(experts, places, strict=True):
+        own = expert[name](x[where])
+        out = out if len(out) else x.new_zeros(len(x), *own.shape[1:])
+        out[where] = own
+    return out
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -185,44 +205,30 @@ class Baseline:
         """All layers over x [n, hidden], tokens `where` through the generation expert; `keep`: they become
         part of the cache.
         """
-        cos, sin = rope.tables(position, self.config, self.model.device)
-        others = None if where is None else self._others(where, len(x))
+        turn = rope.tables(position, self.config, self.model.device)
+        places = None if where is None else (self._others(where, len(x)), where)
         for i, und in enumerate(self.und):
-            gen = self.gen[i] if where is not None else None
-            x = self._layer(i, und, gen, x, where, others, cos, sin, side, keep, causal)
+            each = partial(_each, (und, und if places is None else self.gen[i]), places)
+            x = self._layer(i, each, x, turn, side, keep, causal)
         return x
 
     def _layer(
         self,
         index: int,
-        und: dict[str, Part],
-        gen: dict[str, Part] | None,
+        each: Each,
         x: Tensor,
-        where: Tensor | None,
-        others: Tensor | None,
-        cos: Tensor,
-        sin: Tensor,
+        turn: tuple[Tensor, Tensor],
         side: Side,
         keep: bool,
         causal: bool,
     ) -> Tensor:
-        def each(part: str, x: Tensor) -> Tensor:
-            """Every token through its own expert's part of that name."""
-            if gen is None:
-                return und[part](x)
-            first = und[part](x[others])
-            out = x.new_zeros(len(x), *first.shape[1:])
-            out[others] = first
-            out[where] = gen[part](x[where])
-            return out
-
         width = self.config.head_dim
         normed = each("input_layernorm", x)
         q = each("q_proj", normed).unflatten(-1, (-1, width))
         k = each("k_proj", normed).unflatten(-1, (-1, width))
         v = each("v_proj", normed).unflatten(-1, (-1, width))
-        q = rotated(each("q_norm", q), cos, sin)[None]
-        k = rotated(each("k_norm", k), cos, sin)
+        q = rotated(each("q_norm", q), *turn)[None]
+        k = rotated(each("k_norm", k), *turn)
         keys, values = self._merged(side.cache[index], k, v)
         if keep:
             side.cache[index] = (keys, values)

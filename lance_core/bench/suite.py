@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from ..config import LATENT_CHANNELS
 from ..errors import RequestError
 from ..model.dual_expert import DualExpert
 from ..vae.wan import OUT_OF_MEMORY, WanVAE
@@ -237,10 +236,8 @@ class _Run:
         if kind in PICTURES:
             vae = WanVAE(vae_of(bench.config), device="meta")
             need = float(bench.dtype.itemsize * sum(p.numel() for p in vae.parameters()))
-            if kind == "decode":
-                need += vae.memory_estimate_decode((1, LATENT_CHANNELS, *case.grid), bench.dtype)
-            else:
-                need += vae.memory_estimate_encode((1, 3, case.frames, case.height, case.width), bench.dtype)
+            estimate = vae.memory_estimate_decode if kind == "decode" else vae.memory_estimate_encode
+            need += estimate(case.input_shape(kind, bench.config), bench.dtype)
         else:
             need = bench.memory(case, self.layers)
         if need <= there:
