@@ -27,7 +27,7 @@ from .inputs.preprocess import PRESETS
 from .inputs.tasks import SIZES, TASKS, Task
 from .model.sampler import RENORMS
 from .pipeline import Generated, Lance, load
-from .text_generation import Piece
+from .text_generation import NewText
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MEDIA_HELP = {"image": "picture", "video": "clip", "references": "one or more pictures of the subjects"}
@@ -254,7 +254,7 @@ def _check_output(args: argparse.Namespace, task: Task) -> Path | None:
 def _understand(args: argparse.Namespace, task: Task, lance: Lance, bars: Bars) -> dict[str, Any]:
     live = not args.json and sys.stdout.isatty()
 
-    def show(piece: Piece) -> None:
+    def show(piece: NewText) -> None:
         bars.close()
         print(piece, end="", flush=True)
 

@@ -1,8 +1,8 @@
-"""A checkpoint's parts, loaded when first needed, and what stands between pictures and the decoder: ViT and
-VAE.
-"""
+"""The loaded model: experts, vision tower and VAE, each read from the checkpoint when first needed."""
 
 from __future__ import annotations
+
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -12,14 +12,23 @@ from .checkpoint.checkpoint import Checkpoint, Progress, non_finite
 from .config import LanceConfig
 from .errors import NumericsError
 from .inputs import preprocess
+from .model.attention import Attention, attention
 from .model.decoder import compile_layers
-from .model.sequence import Kind, Role, Segment
-from .model.side_stream import Side
-from .vae.wan import denormalize_latent, normalize_latent
+from .model.dual_expert import DualExpert, Generation, Understanding
+from .model.sequence import Kind, Role, Segment, VisualSegment
+from .model.side_stream import SideStream
+from .model.vit import VisionTower
+from .vae.wan import WanVAE, denormalize_latent, normalize_latent
+
+M = TypeVar("M", bound=nn.Module)
 
 
-class Parts:
-    """An opened checkpoint. compile, side: see `pipeline.load`."""
+class Components:
+    """What an opened checkpoint is made of: "und" and "gen" (the two experts), "vit" and "vae".
+
+    compile: fuse the experts' small steps (`decoder.compile_layers`). side: a second stream for the
+    understanding expert (`decoder.run_layers`). progress: (what, done, total), may be set at any time.
+    """
 
     def __init__(
         self,
@@ -28,41 +37,63 @@ class Parts:
         dtype: torch.dtype,
         progress: Progress | None = None,
         compile: bool = False,
-        side: Side | None = None,
+        side: SideStream | None = None,
     ) -> None:
         self.checkpoint, self.device, self.dtype, self.progress = checkpoint, device, dtype, progress
         self.compile, self.side = compile, side
-        self._parts: dict[str, nn.Module] = {}
+        self._loaded: dict[str, nn.Module] = {}
 
     @property
     def config(self) -> LanceConfig:
-        """Sizes of all parts."""
+        """Sizes of all components."""
         return self.checkpoint.config
 
-    def part(self, name: str) -> nn.Module:
-        """One of "und", "gen", "vit", "vae", loaded when first asked for."""
-        if name not in self._parts:
-            self._parts[name] = self.checkpoint.load(
-                name, device=self.device, dtype=self.dtype, progress=self.progress
-            )
+    @property
+    def und(self) -> Understanding:
+        """The understanding expert."""
+        return self._part(Understanding, "und")
+
+    @property
+    def gen(self) -> Generation:
+        """The generation expert."""
+        return self._part(Generation, "gen")
+
+    @property
+    def vit(self) -> VisionTower:
+        """The vision tower."""
+        return self._part(VisionTower, "vit")
+
+    @property
+    def vae(self) -> WanVAE:
+        """The VAE."""
+        return self._part(WanVAE, "vae")
+
+    def _part(self, kind: type[M], name: str) -> M:
+        """A component, loaded when first asked for."""
+        module = self._loaded.get(name)
+        if module is None:
+            module = self.checkpoint.load(name, device=self.device, dtype=self.dtype, progress=self.progress)
             if self.compile and name in ("und", "gen"):
-                compile_layers(self._parts[name])
-        return self._parts[name]
+                compile_layers(module)
+            self._loaded[name] = module
+        if not isinstance(module, kind):
+            raise TypeError(f"{name} was loaded as {type(module).__name__}, expected {kind.__name__}")
+        return module
 
     def unload(self, *names: str) -> None:
-        """Forget loaded parts (all without names); they are read again when next needed."""
-        for name in names or tuple(self._parts):
-            self._parts.pop(name, None)
+        """Drop loaded components (all without names); they are read again when next needed."""
+        for name in names or tuple(self._loaded):
+            self._loaded.pop(name, None)
 
     def report(self, stage: str, done: int, total: int) -> None:
-        """Tell whoever asked for progress."""
+        """Call `progress`, if there is one."""
         if self.progress is not None:
             self.progress(stage, done, total)
 
-    def blame(self, *parts: str) -> str:
-        """Which loaded weight is not finite, for an error message."""
-        for name in parts:
-            bad = name in self._parts and non_finite(self._parts[name])
+    def blame(self, *names: str) -> str:
+        """The end of an error message: the first loaded weight that is not finite, empty if all are."""
+        for name in names:
+            bad = non_finite(self._loaded[name]) if name in self._loaded else None
             if bad:
                 return (
                     f"; the weight {bad} of the {name} part is itself not finite: the checkpoint is "
@@ -70,36 +101,49 @@ class Parts:
                 )
         return ""
 
+    def experts(self, generation: bool = True, attention: Attention = attention) -> DualExpert:
+        """The decoder, with its generation expert or without."""
+        return DualExpert(
+            self.config.llm,
+            self.und,
+            self.gen if generation else None,
+            attention=attention,
+            dtype=self.dtype,
+            device=self.device,
+            side=self.side,
+        )
+
     # -- pictures in and out ---------------------------------------------------------------------------------
 
     def visual_segments(self, clip: np.ndarray, resolution: str, role: Role) -> list[Segment]:
-        """A reference's two blocks: as the ViT sees it, then its clean latent. clip: uint8 [T, H, W, 3]."""
+        """A reference's two segments: its ViT embeddings, then its clean latent. clip: uint8 [T, H, W, 3]."""
         latent = self.encode_vae(clip, resolution)
+        t, h, w = latent.shape[:3]
         return [
-            self.seen_segment(clip, resolution, role),
-            Segment(Kind.CLEAN, role, grid=tuple(latent.shape[:3]), data=latent),
+            self.vit_segment(clip, resolution, role),
+            VisualSegment(Kind.CLEAN, role, (t, h, w), latent),
         ]
 
-    def seen_segment(self, clip: np.ndarray, resolution: str, role: Role) -> Segment:
-        """The ViT's block of a clip."""
-        vit = self.part("vit")
-        patches, (t, h, w) = preprocess.vit_patches(clip, resolution, self.config.vit)
+    def vit_segment(self, clip: np.ndarray, resolution: str, role: Role) -> VisualSegment:
+        """A clip's ViT embeddings as a segment. clip: uint8 [T, H, W, 3]."""
+        vit = self.vit
+        patches, (t, h, w) = preprocess.vit_patches(clip, resolution, vit.config)
         embeds = vit(
             patches.to(self.device, self.dtype),
             [(t, h, w)],
-            progress=lambda i, n: self.report("looking", i, n),
+            progress=lambda i, n: self.report("encoding the picture", i, n),
         )
         if not bool(torch.isfinite(embeds).all()):
             raise NumericsError(f"the ViT gave NaN or infinity{self.blame('vit')}")
-        merge = self.config.vit.spatial_merge_size
-        return Segment(Kind.SEEN, role, grid=(t, h // merge, w // merge), data=embeds)
+        merge = vit.config.spatial_merge_size
+        return VisualSegment(Kind.VIT, role, (t, h // merge, w // merge), embeds)
 
     def encode_vae(self, clip: np.ndarray, resolution: str) -> Tensor:
         """Normalised latent, float32 [t, h, w, 48], of a clip uint8 [T, H, W, 3] brought to the preset's
         size.
         """
         pixels = preprocess.vae_pixels(clip, resolution).to(self.device, self.dtype)
-        latent = self.part("vae").encode(pixels, progress=lambda i, n: self.report("encoding", i, n))
+        latent = self.vae.encode(pixels, progress=lambda i, n: self.report("encoding", i, n))
         if not bool(torch.isfinite(latent).all()):
             raise NumericsError(f"the VAE's encoder gave NaN or infinity{self.blame('vae')}")
         return normalize_latent(latent.float())[0].permute(1, 2, 3, 0)
@@ -112,7 +156,7 @@ class Parts:
         for i, one in enumerate(latent):
             raw = denormalize_latent(one.permute(3, 0, 1, 2)[None]).to(self.device, self.dtype)
             done = i * latent.shape[1]
-            pixels = self.part("vae").decode(
+            pixels = self.vae.decode(
                 raw,
                 progress=lambda k, n, done=done: self.report(
                     "decoding", done + k * latent.shape[1] // n, latent[..., 0, 0, 0].numel()

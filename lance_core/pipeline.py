@@ -1,5 +1,5 @@
-"""The public API: requests in, latents, frames and answers out. With parts.py, the only place that moves data
-between devices.
+"""The public API: requests in, latents, frames and answers out. With components.py, the only place that moves
+data between devices.
 """
 
 from __future__ import annotations
@@ -14,21 +14,32 @@ import torch
 from torch import Tensor
 
 from .checkpoint.checkpoint import Checkpoint, Progress
-from .components import Parts
-from .config import LATENT_CHANNELS, OUTPUT_FPS
+from .components import Components
+from .config import (
+    LATENT_CHANNELS,
+    OUTPUT_FPS,
+    RELEASED_SAMPLING,
+    Grid,
+    LanceConfig,
+    latent_frames,
+    latent_grid,
+)
 from .errors import NumericsError, RequestError
 from .inputs import media, prompts, tasks
 from .inputs.tasks import Task
 from .model.attention import Attention, attention
 from .model.decoder import check_compiler
-from .model.dual_expert import Branch, DualExpert, Plan, Prepared
-from .model.sampler import Guidance, euler, schedule, seeded_noise
-from .model.sequence import Kind, Role, Segment, Sequence, merge_text
-from .model.side_stream import Side
-from .text_generation import Chooser, Piece, write
+from .model.denoise import denoise
+from .model.dual_expert import Plan, Prepared
+from .model.sampler import Guidance, schedule, seeded_noise
+from .model.sequence import Placed, Role, Segment, Sequence, clean_latents, merge_text
+from .model.side_stream import SideStream
+from .text_generation import Chooser, NewText, write
 
 MAX_BATCH = 64
 MAX_SEED = 2**64 - 1
+
+Callback = Callable[[int, int, Tensor], None]  # step from 1, steps in all, latent
 
 
 @dataclass(eq=False)
@@ -91,31 +102,37 @@ def load(
         raise RequestError(
             f"device {device!r} cannot be used ({str(error).splitlines()[0]}); 'cpu' always can"
         ) from None
-    side = Side(device) if overlap else None
+    side = SideStream(device) if overlap else None
     if compile:
         check_compiler(device)
-    return Lance(Checkpoint(path, vit, vae), device, dtype, progress, compile, side)
+    return Lance(Components(Checkpoint(path, vit, vae), device, dtype, progress, compile, side))
 
 
-class Lance(Parts):
+class Lance:
     """An opened checkpoint that generates and understands. Made by `load`."""
 
-    def experts(self, generation: bool = True, attention: Attention = attention) -> DualExpert:
-        """The decoder, with its generation expert or without."""
-        gen = self.part("gen") if generation else None
-        return DualExpert(
-            self.config.llm,
-            self.part("und"),
-            gen,
-            attention=attention,
-            dtype=self.dtype,
-            device=self.device,
-            side=self.side,
-        )
+    def __init__(self, components: Components) -> None:
+        self.components = components
 
-    def _counted(self, stage: str, parts: list[list[tuple[Segment, Tensor]]]) -> Attention:
+    @property
+    def config(self) -> LanceConfig:
+        """Sizes of the whole model."""
+        return self.components.config
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The files it was opened from, and the tokeniser."""
+        return self.components.checkpoint
+
+    def unload(self, *names: str) -> None:
+        """Drop loaded components ("und", "gen", "vit", "vae"; all without names); they are read again when
+        next needed.
+        """
+        self.components.unload(*names)
+
+    def _counted(self, stage: str, parts: list[list[Placed]]) -> Attention:
         """Attention that reports how far the passes over `parts` are, a layer at a time."""
-        total = self.config.llm.num_layers * sum(len(merge_text(s for s, _ in part)) for part in parts)
+        total = self.config.llm.num_layers * sum(len(merge_text(part)) for part in parts)
         done = 0
 
         def counted(*args: Any) -> Tensor:
@@ -123,7 +140,7 @@ class Lance(Parts):
             out = attention(*args)
             done += 1
             if done <= total:
-                self.report(stage, done, total)
+                self.components.report(stage, done, total)
             return out
 
         return counted
@@ -143,18 +160,18 @@ class Lance(Parts):
         height: int | None = None,
         num_frames: int | None = None,
         resolution: str | None = None,
-        steps: int = 30,
-        shift: float = 3.5,
-        cfg: float = 4.0,
-        cfg_interval: tuple[float, float] = (0.4, 1.0),
-        renorm: str = "global",
-        renorm_min: float = 0.0,
-        seed: int = 42,
+        steps: int = RELEASED_SAMPLING.steps,
+        shift: float = RELEASED_SAMPLING.shift,
+        cfg: float = RELEASED_SAMPLING.cfg,
+        cfg_interval: tuple[float, float] = RELEASED_SAMPLING.cfg_interval,
+        renorm: str = RELEASED_SAMPLING.renorm,
+        renorm_min: float = RELEASED_SAMPLING.renorm_min,
+        seed: int = RELEASED_SAMPLING.seed,
         negative_prompt: str | None = None,
         system_prompt: str | None = None,
         batch_size: int = 1,
         noise: Tensor | None = None,
-        callback: Callable[[int, int, Tensor], None] | None = None,
+        callback: Callback | None = None,
     ) -> Generated:
         """Make an image or a video.
 
@@ -199,28 +216,27 @@ class Lance(Parts):
         sources = self._sources(kind, image, video, references)
         first_frame = None
         if kind.name == "i2v":
-            first_frame = self.encode_vae(sources[0], resolution)
-            segments, source_tokens = [], 0
-            grid = (1 + (frames - 1) // 4, *first_frame.shape[1:3])
+            first_frame = self.components.encode_vae(sources[0], resolution)
+            segments: list[Segment] = []
+            grid: Grid = (latent_frames(frames), first_frame.shape[1], first_frame.shape[2])
         else:
             role = Role.SUBJECT if kind.takes == "references" else Role.SOURCE
-            segments = [s for clip in sources for s in self.visual_segments(clip, resolution, role)]
-            clean = [s for s in segments if s.kind is Kind.CLEAN]
-            source_tokens = sum(s.visual for s in clean)
-            w, h = size
-            grid = (
-                clean[0].grid if role is Role.SOURCE and clean else (1 + (frames - 1) // 4, h // 16, w // 16)
-            )
+            segments = [
+                s for clip in sources for s in self.components.visual_segments(clip, resolution, role)
+            ]
+            clean = clean_latents(segments)
+            grid = clean[0].grid if role is Role.SOURCE and clean else latent_grid(*size, frames)
+        source_tokens = sum(s.visual for s in clean_latents(segments))
 
         sequence = prompts.generation(
             self.checkpoint.tokenizer, self._system(kind, system_prompt), segments, prompt, grid
         )
         prepared = self._prefill(sequence, guidance.active, negative_prompt)
         x = self._noise(noise, batch, grid, source_tokens, seed)
-        latent = self.denoise(
+        latent = self._denoise(
             prepared, x, times, guidance, first_frame, callback if batch > 1 else _unbatched(callback)
         )
-        pixels = self.decode_vae(latent)
+        pixels = self.components.decode_vae(latent)
         asked = {
             "task": task,
             "prompt": prompt,
@@ -251,7 +267,8 @@ class Lance(Parts):
         if task.takes == "video":
             return [
                 media.read_clip(
-                    video, progress=lambda done, total: self.report("reading the clip", done, total)
+                    video,
+                    progress=lambda done, total: self.components.report("reading the clip", done, total),
                 )[0]
             ]
         if task.takes == "references":
@@ -273,10 +290,10 @@ class Lance(Parts):
             else None
         )
         plan = Plan.of(sequence, self.config.tokens_per_second, guided, negative)
-        counted = self._counted("reading the prompt", [plan.prefix, *plan.rests])
-        return self.experts(attention=counted).prefill(sequence, plan)
+        counted = self._counted("prefilling", [plan.prefix, *plan.rests.values()])
+        return self.components.experts(attention=counted).prefill(plan)
 
-    def _noise(self, noise: Any, batch: int, grid: tuple[int, int, int], before: int, seed: int) -> Tensor:
+    def _noise(self, noise: Any, batch: int, grid: Grid, before: int, seed: int) -> Tensor:
         """Starting noise [batch, t, h, w, 48] on the device: a row per latent token of the whole sequence,
         references first.
         """
@@ -285,42 +302,32 @@ class Lance(Parts):
             tasks.check_noise(noise, batch, grid)
             if not bool(torch.isfinite(noise).all()):
                 raise NumericsError("the noise given has NaN or infinity in it")
-            return noise.reshape(batch, *grid, LATENT_CHANNELS).to(self.device)
-        return torch.stack([seeded_noise(seed + i, grid, before) for i in range(batch)]).to(self.device)
+            return noise.reshape(batch, *grid, LATENT_CHANNELS).to(self.components.device)
+        return torch.stack([seeded_noise(seed + i, grid, before) for i in range(batch)]).to(
+            self.components.device
+        )
 
-    def denoise(
+    def _denoise(
         self,
         prepared: Prepared,
         x: Tensor,
         times: Tensor,
         guidance: Guidance,
-        first_frame: Tensor | None = None,
-        callback: Callable[[int, int, Tensor], None] | None = None,
+        first_frame: Tensor | None,
+        callback: Callback | None,
     ) -> Tensor:
-        """Noise [b, t, h, w, 48] -> latent, with `first_frame` [1, h, w, 48] kept clean if given."""
-        model, batch = self.experts(), x.shape[0]
-        clean = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
-        if first_frame is not None:
-            clean[:, 0] = True
-            x = x.clone()
-            x[:, :1] = first_frame.to(x.device)
-
-        def velocity(x: Tensor, t: Tensor, guided: bool) -> tuple[Tensor, Tensor | None]:
-            rows = [Branch(prepared, 0)] * batch + [Branch(prepared, 1)] * (batch if guided else 0)
-            both = torch.cat([x, x]) if guided else x
-            frames = t.to(x.device).expand(x.shape[:2]).masked_fill(clean, 0)
-            v = model.velocity(rows, both, torch.cat([frames, frames]) if guided else frames)
-            return (v[:batch], v[batch:]) if guided else (v, None)
+        """`denoise`, with progress, and with an error that names a damaged weight."""
 
         def step(i: int, total: int, latent: Tensor) -> None:
-            self.report("denoising", i, total)
+            self.components.report("denoising", i, total)
             if callback is not None:
                 callback(i, total, latent)
 
         try:
-            return euler(velocity, x, times, guidance, fixed=clean[..., None, None, None], callback=step)
+            experts = self.components.experts()
+            return denoise(experts, prepared, x, times, guidance, first_frame=first_frame, callback=step)
         except NumericsError as error:
-            raise NumericsError(f"{error}{self.blame('gen', 'und')}") from None
+            raise NumericsError(f"{error}{self.components.blame('gen', 'und')}") from None
 
     # -- understanding ---------------------------------------------------------------------------------------
 
@@ -337,14 +344,14 @@ class Lance(Parts):
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
-        on_token: Callable[[Piece], None] | None = None,
+        on_token: Callable[[NewText], None] | None = None,
     ) -> Answer:
         """Answer a question about one image or one video. Loads the understanding expert and the ViT only.
 
         Args:
             temperature: 0 takes the likeliest token; above, samples at that temperature from the `top_p`
                 nucleus.
-            on_token: called with each new piece of text (a str with `.token_id`); raise in it to stop.
+            on_token: called with each new stretch of text (a str with `.token_id`); raise in it to stop.
 
         Raises:
             RequestError, MediaError, CheckpointError, NumericsError.
@@ -361,7 +368,7 @@ class Lance(Parts):
         choose = Chooser(temperature, top_p, seed)
 
         clip = self._sources(task, image, video, None)[0]
-        segment = self.seen_segment(clip, resolution, Role.QUESTION)
+        segment = self.components.vit_segment(clip, resolution, Role.QUESTION)
         sequence = prompts.question(
             self.checkpoint.tokenizer, self._system(task, system_prompt), [segment], question
         )
@@ -372,31 +379,31 @@ class Lance(Parts):
         sequence: Sequence,
         max_new_tokens: int,
         choose: Chooser,
-        on_token: Callable[[Piece], None] | None = None,
+        on_token: Callable[[NewText], None] | None = None,
     ) -> Answer:
         """Write tokens after an understanding sequence until the end token or the limit."""
         count = 0
 
-        def show(piece: Piece) -> None:
+        def show(new: NewText) -> None:
             nonlocal count
             count += 1
-            self.report("writing", count, max_new_tokens)
+            self.components.report("writing", count, max_new_tokens)
             if on_token is not None:
-                on_token(piece)
+                on_token(new)
 
-        self.report("writing", 0, max_new_tokens)
-        model, rate = self.experts(generation=False), self.config.tokens_per_second
+        self.components.report("writing", 0, max_new_tokens)
+        model, rate = self.components.experts(generation=False), self.config.tokens_per_second
         try:
-            fixed = self.compile and self.device.type == "cuda"
+            fixed = self.components.compile and self.components.device.type == "cuda"
             return Answer(
                 *write(model, self.checkpoint.tokenizer, sequence, rate, max_new_tokens, choose, show, fixed)
             )
         except NumericsError as error:
-            raise NumericsError(f"{error}{self.blame('und', 'vit')}") from None
+            raise NumericsError(f"{error}{self.components.blame('und', 'vit')}") from None
 
 
 def _unbatched(
-    callback: Callable[[int, int, Tensor], None] | None,
-) -> Callable[[int, int, Tensor], None] | None:
+    callback: Callback | None,
+) -> Callback | None:
     """A callback that sees [t, h, w, 48] as results of a single request do."""
     return None if callback is None else lambda step, total, latent: callback(step, total, latent[0])

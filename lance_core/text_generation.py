@@ -14,10 +14,8 @@ from .model.sequence import Sequence
 from .model.token_loop import TokenLoop
 
 
-class Piece(str):
-    """Newly completed text of an answer, given to `on_token`; empty while a character's bytes are still
-    coming.
-    """
+class NewText(str):
+    """Text that a token completes, given to `on_token`; empty while a character's bytes are still coming."""
 
     token_id: int
 
@@ -59,14 +57,14 @@ def write(
     tokens_per_second: float,
     max_new_tokens: int,
     choose: Chooser,
-    on_token: Callable[[Piece], None] | None = None,
+    on_token: Callable[[NewText], None] | None = None,
     fixed: bool = False,
     ahead: bool | None = None,
 ) -> tuple[str, list[int]]:
     """Write after an understanding sequence until the end token or the limit.
 
     Args:
-        on_token: called with each new piece of text; raise in it to stop.
+        on_token: called with each new stretch of text; raise in it to stop.
         fixed: see `TokenLoop`.
         ahead: start on the next token before this one is told. None: where the device works by itself, that
             is not on the CPU.
@@ -98,12 +96,12 @@ def write(
         # held back.
         tail = tokenizer.decode(ids[complete:-1] if ended else ids[complete:])
         stable = tail if over else tail.rstrip("\ufffd")
-        piece = Piece(stable[told:])
-        piece.token_id, told = token, max(told, len(stable))
+        new = NewText(stable[told:])
+        new.token_id, told = token, max(told, len(stable))
         if stable == tail:
             text, complete, told = text + tail, len(ids), 0
         if on_token is not None:
-            on_token(piece)
+            on_token(new)
         if over:
             return text, ids
         if not ahead:

@@ -20,8 +20,8 @@ from ..lance_core.errors import RequestError
 from ..lance_core.inputs import prompts
 from ..lance_core.inputs.tasks import check_size, resolve_frames
 from ..lance_core.inputs.tokenizer import Tokenizer
-from ..lance_core.model.dual_expert import Branch, DualExpert, Plan, Prepared
-from ..lance_core.model.sequence import Kind, Role, Segment
+from ..lance_core.model.dual_expert import DualExpert, Plan, Prepared, Row
+from ..lance_core.model.sequence import Branch, Role, Segment, clean_latents
 
 KEY = "lance"
 
@@ -41,7 +41,7 @@ class Request:
     video: bool
     tokens_per_second: float
 
-    def prepare(self, grid: tuple[int, int, int]) -> Prepared:
+    def plan(self, grid: tuple[int, int, int]) -> Plan:
         """The request for a target of `grid` latent cells; nothing is computed yet.
 
         Raises:
@@ -50,7 +50,7 @@ class Request:
         self._check(grid)
         sequence = prompts.generation(self.tokenizer, self.system, self.segments, self.caption, grid)
         negative = self.tokenizer.encode(self.negative) if self.negative else None
-        return Prepared(sequence, Plan.of(sequence, self.tokens_per_second, True, negative))
+        return Plan.of(sequence, self.tokens_per_second, True, negative)
 
     def _check(self, grid: tuple[int, int, int]) -> None:
         check_size(grid[2] * 16, grid[1] * 16)
@@ -61,8 +61,8 @@ class Request:
                 "Text Encode's target to "
                 "video, or frames to 1 on the latent."
             )
-        for segment in self.segments:
-            if segment.kind is Kind.CLEAN and segment.role is Role.SOURCE and segment.grid != grid:
+        for segment in clean_latents(self.segments):
+            if segment.role is Role.SOURCE and segment.grid != grid:
                 raise RequestError(
                     f"The latent is {pixels(grid)} and what is to be edited was encoded as "
                     f"{pixels(segment.grid)}: connect the LATENT "
@@ -72,7 +72,7 @@ class Request:
     @property
     def reference_tokens(self) -> int:
         """Latent tokens of the references, which take the first rows of the starting noise."""
-        return sum(s.visual for s in self.segments if s.kind is Kind.CLEAN)
+        return sum(s.visual for s in clean_latents(self.segments))
 
     @cached_property
     def context_tokens(self) -> int:
@@ -136,31 +136,56 @@ def prompt_of(conds: dict[str, Any]) -> Prompt:
     return prompt
 
 
+@dataclass(eq=False)
+class Run:
+    """A request in one sampling run: planned, and prepared from its first model call on."""
+
+    request: Request
+    plan: Plan
+    prepared: Prepared | None = None
+
+    def row(self, model: DualExpert, branch: Branch) -> Row:
+        """One of its branches, its context computed now unless that is done."""
+        if self.prepared is None:
+            self.prepared = model.prefill(self.plan, branch)
+        else:
+            model.prefill_branch(self.prepared, branch)
+        return Row(self.prepared, branch)
+
+
+@dataclass(frozen=True, eq=False)
+class Side:
+    """What rows of a model call run against: a branch of a run."""
+
+    run: Run
+    branch: Branch
+
+
 class Store:
-    """Prepared contexts of the sampling run that is going on, shared by the conditionings of one encode.
+    """Contexts of the sampling run that is going on, shared by the conditionings of one encode.
 
     Held weakly: a context lives as long as the run's conditionings do, and no longer.
     """
 
     def __init__(self) -> None:
-        self._prepared: weakref.WeakValueDictionary[tuple, Prepared] = weakref.WeakValueDictionary()
+        self._runs: weakref.WeakValueDictionary[tuple, Run] = weakref.WeakValueDictionary()
 
-    def branch(self, prompt: Prompt, grid: tuple[int, int, int], weights: Any) -> Branch:
-        """The prompt's side of its prepared context; `weights` changes when patched weights do."""
+    def branch(self, prompt: Prompt, grid: tuple[int, int, int], weights: Any) -> Side:
+        """The prompt's side of its run; `weights` changes when patched weights do."""
         key = (id(prompt.request), grid, weights)
-        prepared = self._prepared.get(key)
-        if prepared is None:
-            prepared = prompt.request.prepare(grid)
-            prepared.request = prompt.request  # keeps the id in the key from being used again
-            self._prepared[key] = prepared
-        return Branch(prepared, 0 if prompt.positive else 1)
+        run = self._runs.get(key)
+        if run is None:
+            # The run holds the request, which keeps the id in the key from being used again.
+            run = self._runs[key] = Run(prompt.request, prompt.request.plan(grid))
+        return Side(run, Branch.CONDITIONAL if prompt.positive else Branch.UNCONDITIONAL)
 
 
 class Rows:
     """What the rows of one model call run against, in chunks: row r of B belongs to branch r // (B / n)."""
 
-    def __init__(self, model: DualExpert, branches: list[Branch]) -> None:
+    def __init__(self, model: DualExpert, branches: list[Side]) -> None:
         self.model, self.branches = model, branches
+        self.filled: list[Row] = []
 
     def fill(self, grid: tuple[int, int, int]) -> None:
         """Compute the contexts that are still missing.
@@ -168,18 +193,17 @@ class Rows:
         Raises:
             RequestError: they were prepared for another size than the `grid` that is to be denoised.
         """
-        for branch in self.branches:
-            prepared = branch.prepared
-            if prepared.sequence.target.grid != grid:
+        for side in self.branches:
+            if side.run.plan.grid != grid:
                 raise RequestError(
                     f"A node between Lance Loader and the sampler denoises {pixels(grid)} of a latent of "
-                    f"{pixels(prepared.sequence.target.grid)}; Lance cannot be cut up like that: remove it "
+                    f"{pixels(side.run.plan.grid)}; Lance cannot be cut up like that: remove it "
                     "(context windows, for instance)."
                 )
-            self.model.fill(prepared, branch.index)
+        self.filled = [side.run.row(self.model, side.branch) for side in self.branches]
 
-    def per_row(self, batch: int) -> list[Branch]:
-        return [self.branches[r * len(self.branches) // batch] for r in range(batch)]
+    def per_row(self, batch: int) -> list[Row]:
+        return [self.filled[r * len(self.filled) // batch] for r in range(batch)]
 
 
 class ContextShape(list):
@@ -201,7 +225,7 @@ class RowsCond:
     def __init__(
         self,
         model: DualExpert,
-        at: Callable[[tuple], Branch],
+        at: Callable[[tuple], Side],
         grid: tuple[int, int, int],
         joinable: bool = True,
     ) -> None:
@@ -222,11 +246,7 @@ class RowsCond:
         return cls(model, cache(lambda grid: store.branch(prompt, grid, weights)), grid, joinable)
 
     def process_cond(self, batch_size: int, area: Any = None, **kwargs: Any) -> RowsCond:
-        grid = (
-            self.cond.branches[0].prepared.sequence.target.grid
-            if area is None
-            else tuple(area[: len(area) // 2])
-        )
+        grid = self.cond.branches[0].run.plan.grid if area is None else tuple(area[: len(area) // 2])
         return RowsCond(self.model, self.at, grid, self.joinable)
 
     def can_concat(self, other: Any) -> bool:
@@ -236,4 +256,4 @@ class RowsCond:
         return Rows(self.model, [b for c in (self, *others) for b in c.cond.branches])
 
     def size(self) -> ContextShape:
-        return ContextShape(self.cond.branches[0].prepared.request)
+        return ContextShape(self.cond.branches[0].run.request)

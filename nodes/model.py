@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..lance_core.checkpoint.quantize import Format, swap
 from ..lance_core.config import LLMConfig
-from ..lance_core.model.decoder import PIECE, homes, join
+from ..lance_core.model.decoder import FEED_CHUNK, homes, join
 from ..lance_core.model.dual_expert import DualExpert, Generation
 from . import host, quant
 from .conditioning import ContextShape, Rows, RowsCond, Store, prompt_of
@@ -178,9 +178,9 @@ class LanceModel(comfy.model_base.BaseModel):
         """Bytes one forward of input_shape [b, 48, t, h, w] needs beyond the weights: keys, values and
         activations.
 
-        Activations are widest either around attention (residual, projections, and for at most PIECE tokens of
+        Activations are widest either around attention (residual, projections, and for at most FEED_CHUNK tokens of
         each row at once q rotated in float32) or in the feed-forward (residual, its input and output, and for
-        at most PIECE tokens at once its two wide tensors). Reading the context may be longer than a step. Per
+        at most FEED_CHUNK tokens at once its two wide tensors). Reading the context may be longer than a step. Per
         layer and token of every request's
         context and target: one key and value.
         """
@@ -206,9 +206,9 @@ class LanceModel(comfy.model_base.BaseModel):
         def activations(rows: int, tokens: int) -> int:
             feeding = (
                 rows * tokens * 4 * llm.hidden_size * size
-                + min(rows * tokens, PIECE) * 2 * llm.intermediate_size * size
+                + min(rows * tokens, FEED_CHUNK) * 2 * llm.intermediate_size * size
             )
-            return max(rows * (tokens * attending + min(tokens, PIECE) * rotating), feeding)
+            return max(rows * (tokens * attending + min(tokens, FEED_CHUNK) * rotating), feeding)
 
         widest = max(activations(rows, tokens), activations(1, max(contexts.values(), default=0)))
         return float(kv + widest + tokens * llm.hidden_size * size)

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..lance_core.config import OUTPUT_FPS
 from ..lance_core.errors import NumericsError, RequestError
 from ..lance_core.inputs import media, preprocess
-from ..lance_core.model.sequence import Kind, Role, Segment
+from ..lance_core.model.sequence import Kind, Role, Segment, VisualSegment
 from . import host
 from .types import EDIT, QUESTION, Lance, Vision
 
@@ -92,7 +92,8 @@ def encode(
         segments.append(see(lance, clip, resolution, kind))
         if role != QUESTION:
             latent = latent_of(vae, clip, resolution)
-            segments.append(Segment(Kind.CLEAN, kind, grid=tuple(latent.shape[:3]), data=latent))
+            t, h, w = latent.shape[:3]
+            segments.append(VisualSegment(Kind.CLEAN, kind, (t, h, w), latent))
     return Vision(role, tuple(segments), video, lance.name)
 
 
@@ -137,8 +138,8 @@ def see(lance: Lance, clip: np.ndarray, resolution: str, role: Role) -> Segment:
             "The vision tower gave NaN or infinity: the checkpoint is damaged, or fp16 overflowed; try bf16."
         )
     merge = config.spatial_merge_size
-    return Segment(
-        Kind.SEEN,
+    return VisualSegment(
+        Kind.VIT,
         role,
         grid=(grid[0], grid[1] // merge, grid[2] // merge),
         data=embeds.to(mm.intermediate_device()),

@@ -21,7 +21,7 @@ from lance_core.config import VAEConfig, vit_config
 from lance_core.inputs import prompts
 from lance_core.model.dual_expert import DualExpert
 from lance_core.model.kv_cache import Context
-from lance_core.model.sequence import Role
+from lance_core.model.sequence import Branch, Role
 from lance_core.model.vit import VisionTower
 from lance_core.vae.wan import WanVAE
 
@@ -76,31 +76,33 @@ def video_lance(opened) -> lance_core.Lance:
 def record(lance: lance_core.Lance, *args: Any, **options: Any) -> SimpleNamespace:
     """Run `generate` and note what it went through.
 
-    result; sequence, plan and prepared as denoised; passes (branch, tokens, causal, tokens before) over the
-    context; velocities (rows' branches, x, t, velocity) of every call; start, the noise with a fixed first
+    result; sequence, plan and prepared as denoised; passes (branch or None, tokens, causal, tokens before) over
+    the context; velocities (rows' branches, x, t, velocity) of every call; start, the noise with a fixed first
     frame in it, and that first_frame.
     """
     run = SimpleNamespace(passes=[], velocities=[])
     extend, velocity = Context.extend, DualExpert.velocity
 
-    def on_extend(self, branch, tokens, causal, attention):
-        before = self.filled[None] + (self.filled[branch] if branch is not None else 0)
+    def on_extend(self, region, tokens, causal, attention):
+        branch = next((b for b, rest in self.rests.items() if rest is region), None)
+        before = self.prefix.filled + (0 if branch is None else region.filled)
         run.passes.append((branch, tokens, causal, before))
-        return extend(self, branch, tokens, causal, attention)
+        return extend(self, region, tokens, causal, attention)
 
     def on_velocity(self, rows, x, t):
         out = velocity(self, rows, x, t)
         run.prepared = rows[0].prepared
-        run.velocities.append(([row.index for row in rows], x.clone(), t.clone(), out))
+        run.velocities.append(([row.branch for row in rows], x.clone(), t.clone(), out))
         return out
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Context, "extend", on_extend)
         patch.setattr(DualExpert, "velocity", on_velocity)
         run.result = lance.generate(*args, **options)
-    run.sequence, run.plan = run.prepared.sequence, run.prepared.plan
+    run.plan = run.prepared.plan
+    run.sequence = run.plan.sequence
     rows, x, t, _ = run.velocities[0]
-    run.start = x[: rows.count(0)]
+    run.start = x[: rows.count(Branch.CONDITIONAL)]
     run.first_frame = run.start[0, :1] if t[0, 0] == 0 else None
     return run
 
@@ -146,7 +148,7 @@ def answered(request, opened) -> SimpleNamespace:
         else lance_core.media.load_image(source)[None]
     )
     with torch.inference_mode():
-        seen = lance.seen_segment(clip, options["resolution"], Role.QUESTION)
+        seen = lance.components.vit_segment(clip, options["resolution"], Role.QUESTION)
         run.sequence = prompts.question(lance.checkpoint.tokenizer, options["system_prompt"], [seen], text)
         run.below = lance.answer(run.sequence, case["max_length"], choose)
     return run

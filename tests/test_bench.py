@@ -17,15 +17,17 @@ from lance_core.bench import cost, device, measure, speed
 from lance_core.bench import run as bench_run
 from lance_core.bench.case import case_of, noise
 from lance_core.bench.device import Meter, cut_layers, materialise
-from lance_core.bench.measure import Bench, denoise
+from lance_core.bench.measure import Bench
 from lance_core.bench.released_decoder import Baseline, parts_of
 from lance_core.bench.released_vae import BaselineVAE
 from lance_core.checkpoint.checkpoint import Checkpoint
 from lance_core.config import RELEASED_LLM, LanceConfig, LLMConfig, VAEConfig, ViTConfig
 from lance_core.errors import CheckpointError, RequestError
 from lance_core.model.decoder import join
-from lance_core.model.dual_expert import Branch, DualExpert, Generation, Plan, Prepared, Understanding
+from lance_core.model.denoise import denoise
+from lance_core.model.dual_expert import DualExpert, Generation, Plan, Row, Understanding
 from lance_core.model.sampler import Guidance, schedule
+from lance_core.model.sequence import Branch
 from lance_core.model.token_loop import TokenLoop
 from lance_core.model.vit import VisionTower
 from lance_core.vae.wan import WanVAE
@@ -92,9 +94,10 @@ def test_released_costs_are_the_known_ones():
 @torch.inference_mode()
 def test_decoder_costs_equal_torchs_count(kind):
     case, sequence, plan = request_of(frames=5, **kind)
-    model, prepared = model_of(), Prepared(sequence, plan)
-    assert counted(lambda: model.fill(prepared)) == cost.prefill(LLM, plan, 4).flops
-    rows = [Branch(prepared, i) for i in range(len(plan.rests)) for _ in range(case.batch)]
+    model = model_of()
+    assert counted(lambda: model.prefill(plan)) == cost.prefill(LLM, plan, 4).flops
+    prepared = model.prefill(plan)
+    rows = [Row(prepared, branch) for branch in plan.rests for _ in range(case.batch)]
     x, t = noise(len(rows), *case.grid, 48), torch.full((len(rows), case.grid[0]), 0.5)
     contexts = [plan.lengths[0] + n for n in plan.lengths[1]]
     assert (
@@ -139,11 +142,11 @@ def test_vae_cost_equals_torchs_count(frames):
 def test_baseline_gives_the_same_velocity_and_result(edit):
     case, sequence, plan = request_of(frames=5, edit=edit, batch=2)
     model = model_of()
-    prepared, baseline = model.fill(Prepared(sequence, plan)), Baseline(model)
+    prepared, baseline = model.prefill(plan), Baseline(model)
     sides = baseline.prefill(sequence, plan)
     x, t = noise(1, *case.grid, 48), torch.full((1, case.grid[0]), 0.6)
     both = [baseline.velocity(side, sequence, x, t) for side in sides]
-    ours = model.velocity([Branch(prepared, 0), Branch(prepared, 1)], torch.cat([x, x]), torch.cat([t, t]))
+    ours = model.velocity([Row(prepared, b) for b in Branch], torch.cat([x, x]), torch.cat([t, t]))
     assert ours.std() > 0.1 and (ours[0] - ours[1]).abs().max() > 1e-3  # the comparison says something
     torch.testing.assert_close(torch.cat(both), ours, rtol=1e-4, atol=1e-5)
     x = noise(2, *case.grid, 48)
@@ -420,7 +423,7 @@ def test_all_steps_in_one_run_are_the_released_schedule():
         return plain_attention(*args)
 
     model.attention = counted
-    model.prefill(sequence, plan)
+    model.prefill(plan)
     context = len(ran)
     found = Bench(CONFIG, CPU, torch.float32, 1, False).whole(case, model)
     assert len(ran) - 2 * context == LLM.num_layers * (26 * 2 + 4) and len(found["steps"]) == 30

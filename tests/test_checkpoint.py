@@ -563,8 +563,8 @@ def test_parts_load_when_first_needed_and_only_once(checkpoint_copy):
         progress=lambda what, done, total: seen.append((what, done, total)),
     )
     assert seen == []
-    assert lance.part("gen") is lance.part("gen")
-    total = len(list(lance.part("gen").parameters()))
+    assert lance.components.gen is lance.components.gen
+    total = len(list(lance.components.gen.parameters()))
     assert seen == [("loading gen", i + 1, total) for i in range(total)]
 
 

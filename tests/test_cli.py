@@ -239,7 +239,7 @@ def test_overlap_reaches_the_model(capsys, monkeypatch):
             return self.work()
 
     made = []
-    monkeypatch.setattr("lance_core.pipeline.Side", Inline)
+    monkeypatch.setattr("lance_core.pipeline.SideStream", Inline)
     args = ("t2i", "x", "--width", "64", "--height", "64", "--steps", "1")
     assert run(*args, "-o", "plain.png", capsys=capsys)[0] == 0
     assert not made

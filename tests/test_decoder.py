@@ -19,7 +19,7 @@ from lance_core.checkpoint.convert import convert
 from lance_core.checkpoint.tiny import LLM
 from lance_core.model import rope
 from lance_core.model.decoder import (
-    CPU_PIECE,
+    CPU_FEED_CHUNK,
     JOINED,
     MLP,
     ExpertLayer,
@@ -28,8 +28,8 @@ from lance_core.model.decoder import (
     homes,
     join,
 )
-from lance_core.model.dual_expert import Branch, Plan
-from lance_core.model.sequence import Kind, Role, Segment, Sequence
+from lance_core.model.dual_expert import Plan, Row
+from lance_core.model.sequence import Branch, Role, Sequence, TargetSegment, TextSegment
 from lance_core.model.token_loop import TokenLoop
 
 APART = {part for parts in JOINED.values() for part in parts}
@@ -57,8 +57,8 @@ def test_joined_projections_give_what_they_give_apart(dtype, tolerance, tokens):
 
 def test_a_long_sequence_goes_through_in_pieces_and_comes_out_the_same():
     layer, generator = join(filled(ExpertLayer(LLM))), torch.Generator().manual_seed(1)
-    x = torch.randn(2, CPU_PIECE + 3, LLM.hidden_size, generator=generator)
-    heads = torch.randn(2, CPU_PIECE + 3, LLM.num_heads, LLM.head_dim, generator=generator)
+    x = torch.randn(2, CPU_FEED_CHUNK + 3, LLM.hidden_size, generator=generator)
+    heads = torch.randn(2, CPU_FEED_CHUNK + 3, LLM.num_heads, LLM.head_dim, generator=generator)
     with torch.no_grad():
         whole, normed = layer.attended(x.clone(), heads)
         whole = whole + layer.mlp(normed)
@@ -67,8 +67,8 @@ def test_a_long_sequence_goes_through_in_pieces_and_comes_out_the_same():
 
 def test_heads_are_rotated_alike_in_pieces_and_whole():
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(1, rope.CPU_PIECE + 3, 2, 8, generator=generator)
-    angles = torch.randn(1, rope.CPU_PIECE + 3, 4, generator=generator).repeat(1, 1, 2)
+    x = torch.randn(1, rope.CPU_ROPE_CHUNK + 3, 2, 8, generator=generator)
+    angles = torch.randn(1, rope.CPU_ROPE_CHUNK + 3, 4, generator=generator).repeat(1, 1, 2)
     cos, sin = angles.cos(), angles.sin()
     turned = torch.cat([-x[..., 4:], x[..., :4]], dim=-1)
     out = torch.empty_like(x)
@@ -155,13 +155,13 @@ def test_no_weight_is_copied_for_a_batch(golden, request, compile):
         golden / "checkpoint" / "Lance_3B", dtype=torch.float32, compile=compile
     ).experts()
     text, target = (
-        Segment(Kind.TEXT, Role.CAPTION, ids=tuple(range(5, 25))),
-        Segment(Kind.TARGET, Role.TARGET, grid=(1, 4, 6)),
+        TextSegment(Role.CAPTION, tuple(range(5, 25))),
+        TargetSegment((1, 4, 6)),
     )
     sequence = Sequence((text,), target, 0, 1, 2)
-    prepared = model.prefill(sequence, Plan.of(sequence, 2.0, guided=True))
+    prepared = model.prefill(Plan.of(sequence, 2.0, guided=True))
     rows, x, t = (
-        [Branch(prepared, 0), Branch(prepared, 1)],
+        [Row(prepared, b) for b in Branch],
         torch.randn(2, 1, 4, 6, 48),
         torch.full((2, 1), 0.5),
     )
@@ -197,8 +197,10 @@ def test_nothing_to_compile_with_is_told_before_loading(golden, monkeypatch):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
 @torch.inference_mode()
 def test_a_loop_of_one_shape_writes_what_the_plain_one_writes(golden, dtype, tolerance):
-    model = lance_core.load(golden / "checkpoint" / "Lance_3B", dtype=dtype).experts(generation=False)
-    sequence = Sequence((Segment(Kind.TEXT, Role.CAPTION, ids=tuple(range(5, 25))),), None, 0, 1, 2)
+    model = lance_core.load(golden / "checkpoint" / "Lance_3B", dtype=dtype).components.experts(
+        generation=False
+    )
+    sequence = Sequence((TextSegment(Role.CAPTION, tuple(range(5, 25))),), None, 0, 1, 2)
     loops = []
     for fixed in (False, True):
         context, _, position = model.read(sequence, 2.0, 6)
@@ -209,7 +211,7 @@ def test_a_loop_of_one_shape_writes_what_the_plain_one_writes(golden, dtype, tol
         one, other = (loop(token).clone() for loop in loops)
         assert bool(torch.isfinite(one).all())
         assert float((one - other).norm() / one.norm()) < tolerance
-    assert [loop.context.filled[None] for loop in loops] == [26, 26]
+    assert [loop.context.prefix.filled for loop in loops] == [26, 26]
     for loop in loops:
         with pytest.raises(ValueError, match="6 tokens fit"):
             loop(1)
@@ -218,12 +220,14 @@ def test_a_loop_of_one_shape_writes_what_the_plain_one_writes(golden, dtype, tol
 @torch.inference_mode()
 def test_a_loop_goes_on_as_one_pass_over_everything_would(golden):
     """The logits after a written token are those of a prompt that ends with it."""
-    model = lance_core.load(golden / "checkpoint" / "Lance_3B", dtype=torch.float32).experts(generation=False)
+    model = lance_core.load(golden / "checkpoint" / "Lance_3B", dtype=torch.float32).components.experts(
+        generation=False
+    )
     ids = tuple(range(5, 25))
     said = [3, 9, 4]
 
     def read(ids, room):
-        return model.read(Sequence((Segment(Kind.TEXT, Role.CAPTION, ids=ids),), None, 0, 1, 2), 2.0, room)
+        return model.read(Sequence((TextSegment(Role.CAPTION, ids),), None, 0, 1, 2), 2.0, room)
 
     context, _, position = read(ids, len(said))
     loop = TokenLoop(model, context, position)
@@ -267,14 +271,16 @@ def test_a_step_can_be_recorded_and_run_again(golden, monkeypatch):
     """Nothing that changes from step to step may be a number of Python's, or stand in a tensor that only this
     step has.
     """
-    model = lance_core.load(golden / "checkpoint" / "Lance_3B", dtype=torch.float32).experts(generation=False)
+    model = lance_core.load(golden / "checkpoint" / "Lance_3B", dtype=torch.float32).components.experts(
+        generation=False
+    )
     stream = SimpleNamespace(wait_stream=lambda other: None)
     for name in ("device", "stream", "graph"):
         monkeypatch.setattr(torch.cuda, name, lambda x: x if isinstance(x, Recording) else nullcontext())
     for name, made in (("Stream", stream), ("current_stream", stream)):
         monkeypatch.setattr(torch.cuda, name, lambda made=made: made)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Recording)
-    sequence = Sequence((Segment(Kind.TEXT, Role.CAPTION, ids=tuple(range(5, 25))),), None, 0, 1, 2)
+    sequence = Sequence((TextSegment(Role.CAPTION, tuple(range(5, 25))),), None, 0, 1, 2)
     loops = []
     for fixed in (False, True):
         context, _, position = model.read(sequence, 2.0, 8)
@@ -291,8 +297,8 @@ def test_a_step_can_be_recorded_and_run_again(golden, monkeypatch):
 @torch.inference_mode()
 def test_a_recorded_loop_writes_what_the_plain_one_writes(golden):
     lance = lance_core.load(golden / "checkpoint" / "Lance_3B", device="cuda", dtype=torch.float32)
-    model = lance.experts(generation=False)
-    sequence = Sequence((Segment(Kind.TEXT, Role.CAPTION, ids=tuple(range(5, 25))),), None, 0, 1, 2)
+    model = lance.components.experts(generation=False)
+    sequence = Sequence((TextSegment(Role.CAPTION, tuple(range(5, 25))),), None, 0, 1, 2)
     loops = []
     for fixed in (False, True):
         context, _, position = model.read(sequence, 2.0, 8)

@@ -19,7 +19,8 @@ from lance_core.checkpoint import tiny
 from lance_core.checkpoint.checkpoint import Checkpoint
 from lance_core.checkpoint.quantize import FORMATS, quantisable
 from lance_core.config import LanceConfig
-from lance_core.model.dual_expert import Branch, DualExpert, Generation, Plan, Understanding
+from lance_core.model.dual_expert import DualExpert, Generation, Plan, Row, Understanding
+from lance_core.model.sequence import Branch
 from lance_core.vae.wan import WanVAE
 
 TINY = LanceConfig(replace(tiny.LLM, hidden_size=64, intermediate_size=128), tiny.VIT, tiny.VAE, "video")
@@ -64,8 +65,8 @@ def test_peak_agrees_with_torchs_profiler():
     model = DualExpert(config, *parts)
     case = memory.Request("t2i", "t2v", 512, 512).case(TINY)
     sequence = case.sequence(TINY)
-    prepared = model.prefill(sequence, Plan.of(sequence, 2, guided=True))
-    rows = [Branch(prepared, 0), Branch(prepared, 1)]
+    prepared = model.prefill(Plan.of(sequence, 2, guided=True))
+    rows = [Row(prepared, b) for b in Branch]
     x, t = torch.zeros(2, *case.grid, 48), torch.zeros(2, 1)
     with torch.inference_mode(), Accountant("cpu") as meter:
         model.velocity(rows, x, t)

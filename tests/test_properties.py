@@ -19,9 +19,9 @@ from lance_core.config import VAEConfig
 from lance_core.inputs import prompts
 from lance_core.model import dual_expert, rope
 from lance_core.model.attention import attention
-from lance_core.model.dual_expert import Branch, Plan, Prepared
+from lance_core.model.dual_expert import Plan, Row
 from lance_core.model.sampler import Guidance, euler, schedule
-from lance_core.model.sequence import Kind, Role, Segment
+from lance_core.model.sequence import Branch, Kind, Placed, Role, TextSegment
 from lance_core.text_generation import Chooser, write
 
 BF16 = {"latent": 0.07, "frames": 0.026}  # twice what was measured
@@ -192,7 +192,7 @@ def test_other_checkpoints_answer_as_the_reference(other):
         "what is this?", image=picture(40, 60), resolution="image_256res", max_new_tokens=6
     )
     with torch.inference_mode():
-        seen = other.seen_segment(picture(40, 60)[None], "image_256res", Role.QUESTION)
+        seen = other.components.vit_segment(picture(40, 60)[None], "image_256res", Role.QUESTION)
     blocks = blocks_of(
         prompts.question(
             other.checkpoint.tokenizer, prompts.SYSTEM_PROMPTS["x2t_image"], [seen], "what is this?"
@@ -228,23 +228,23 @@ def edit(recorded, image_lance):
 
 def fill(lance, sequence, parts_of) -> list[torch.Tensor]:
     """Keys and values after running the conditional context in the parts that parts_of makes of it."""
-    model, plan = lance.experts(), Plan.of(sequence, 2, guided=False)
-    parts = plan.prefix + plan.rests[0]
+    model, plan = lance.components.experts(), Plan.of(sequence, 2, guided=False)
+    parts = plan.prefix + plan.rests[Branch.CONDITIONAL]
     with torch.inference_mode():
         context = model.new_context(sum(s.length for s, _ in parts))
         for part in parts_of(parts):
-            model.extend(context, None, part, model.markers(sequence))
-    assert context.filled[None] == context.prefix.stop
+            model.extend(context, context.prefix, part, model.markers(sequence))
+    assert context.prefix.filled == context.prefix.stop
     return context.keys + context.values
 
 
 def token_by_token(parts):
     for segment, position in parts:
         if segment.kind is not Kind.TEXT:
-            yield [(segment, position)]
+            yield [Placed(segment, position)]
             continue
         for i, token in enumerate(segment.ids):
-            yield [(Segment(Kind.TEXT, segment.role, (token,)), position[:, i : i + 1])]
+            yield [Placed(TextSegment(segment.role, (token,)), position[:, i : i + 1])]
 
 
 @pytest.mark.parametrize(
@@ -259,11 +259,13 @@ def test_prefill_in_parts_equals_at_once(edit, image_lance, parts_of):
 def test_velocity_leaves_the_context_alone(recorded, image_lance):
     run = recorded(image_lance, "t2i", "a fox", **QUICK)
     context, (rows, x, t, v) = run.prepared.context, run.velocities[0]
-    assert rows == [0, 1]
+    assert rows == list(Branch)
     with torch.inference_mode():
-        again = image_lance.experts().velocity([Branch(run.prepared, i) for i in (1, 0)], x.flip(0), t)
+        again = image_lance.components.experts().velocity(
+            [Row(run.prepared, b) for b in reversed(Branch)], x.flip(0), t
+        )
     assert error(again.flip(0), v) < 1e-6  # rows in another order, after all the other steps
-    kept = [k[s] for k in context.keys for s in (context.prefix, *context.rests)]
+    kept = [k[r.start : r.stop] for k in context.keys for r in (context.prefix, *context.rests.values())]
     assert all(bool(torch.isfinite(k).all()) for k in kept) and context.nbytes == sum(
         k.nbytes for k in context.keys + context.values
     )
@@ -273,15 +275,15 @@ def test_unconditional_context_is_the_conditional_less_the_caption(drawn):
     if len(drawn.plan.rests) == 1:
         assert drawn.case["cfg"] == 1
         return
-    cond, uncond = (drawn.plan.prefix + rest for rest in drawn.plan.rests)
+    cond, uncond = (drawn.plan.prefix + rest for rest in drawn.plan.rests.values())
     kept = [(s, p) for s, p in cond if s.role is not Role.CAPTION]
     assert [s for s, _ in uncond] == [s for s, _ in kept] and len(kept) == len(cond) - 1
     assert all(
         torch.equal(a, b) for (_, a), (_, b) in zip(uncond, kept, strict=True)
     )  # a gap stays where the caption was
     bare = rope.positions(drawn.sequence.without_caption(), 2)
-    assert torch.equal(drawn.plan.targets[1], bare[-1])
-    assert drawn.sequence.source is None or torch.equal(*drawn.plan.targets)
+    assert torch.equal(drawn.plan.targets[Branch.UNCONDITIONAL], bare[-1])
+    assert drawn.sequence.source is None or torch.equal(*drawn.plan.targets.values())
 
 
 def test_the_shared_prefix_is_computed_once(edit, monkeypatch, image_lance):
@@ -293,7 +295,7 @@ def test_the_shared_prefix_is_computed_once(edit, monkeypatch, image_lance):
 
     monkeypatch.setattr(dual_expert, "run_layers", counted)
     with torch.inference_mode():
-        image_lance.experts().fill(Prepared(edit.sequence, edit.plan))
+        image_lance.components.experts().prefill(edit.plan)
     caption = edit.sequence.context[edit.sequence.caption].length
     template = edit.sequence.context[-1].length
     whole = sum(s.length for s in edit.sequence.context)
@@ -440,10 +442,10 @@ def test_cancelling_leaves_nothing_behind(write_checkpoint, tmp_path):
         return lance.understand("?", image=picture(20, 20), **options, **more)
 
     for stage in ("loading vae", "loading und", "looking", "encoding", "denoising", "decoding", "writing"):
-        lance.progress = lambda what, done, total, stage=stage: stop() if what == stage else None
+        lance.components.progress = lambda what, done, total, stage=stage: stop() if what == stage else None
         with pytest.raises(Stop):
             question() if stage == "writing" else ask()
-    lance.progress = None
+    lance.components.progress = None
     with pytest.raises(Stop):
         ask(callback=stop)
     with pytest.raises(Stop):
@@ -523,7 +525,7 @@ def test_the_interval_is_open_below_and_closed_above():
 
 def test_scale_one_and_an_empty_interval_are_no_guidance(image_lance, recorded):
     plain = recorded(image_lance, "t2i", "a fox", cfg=1.0, **QUICK)
-    assert all(rows == [0] for rows, *_ in plain.velocities) and len(plain.plan.rests) == 1
+    assert all(rows == [Branch.CONDITIONAL] for rows, *_ in plain.velocities) and len(plain.plan.rests) == 1
     never = image_lance.generate("t2i", "a fox", cfg=4.0, cfg_interval=(0.3, 0.3), **QUICK)
     assert error(never.latent, plain.result.latent) < 1e-6
 
@@ -564,14 +566,14 @@ ASK = {"image": picture(40, 40), "resolution": "image_256res"}
 
 def test_understanding_loads_only_what_it_needs(write_checkpoint, tmp_path):
     lance = lance_core.load(write_checkpoint(tmp_path), dtype=torch.float32)
-    assert set(lance._parts) == set()
+    assert set(lance.components._loaded) == set()
     lance.understand("what?", max_new_tokens=2, **ASK)
-    assert set(lance._parts) == {"und", "vit"}
+    assert set(lance.components._loaded) == {"und", "vit"}
     lance.unload("vit")
-    assert set(lance._parts) == {"und"}
+    assert set(lance.components._loaded) == {"und"}
     lance.unload()
     lance.generate("t2i", "a fox", width=32, height=32, steps=1)
-    assert set(lance._parts) == {"und", "gen", "vae"}
+    assert set(lance.components._loaded) == {"und", "gen", "vae"}
 
 
 def test_max_new_tokens_is_respected(image_lance):
@@ -582,7 +584,7 @@ def test_max_new_tokens_is_respected(image_lance):
 
 def test_the_answer_ends_at_the_end_token(image_lance):
     with torch.inference_mode():
-        seen = image_lance.seen_segment(ASK["image"][None], ASK["resolution"], Role.QUESTION)
+        seen = image_lance.components.vit_segment(ASK["image"][None], ASK["resolution"], Role.QUESTION)
     sequence = prompts.question(image_lance.checkpoint.tokenizer, "", [seen], "what?")
     tokenizer = image_lance.checkpoint.tokenizer
     script = iter([*tokenizer.encode("ab"), tokenizer.im_end, *tokenizer.encode("no more")])
@@ -624,7 +626,7 @@ def test_pieces_hold_back_unfinished_characters(image_lance):
     ids = tokenizer.encode("狐狸 in 雪")
     assert len(ids) > 8  # bytes, in this tokeniser
     with torch.inference_mode():
-        seen = image_lance.seen_segment(ASK["image"][None], ASK["resolution"], Role.QUESTION)
+        seen = image_lance.components.vit_segment(ASK["image"][None], ASK["resolution"], Role.QUESTION)
     script, pieces = iter(ids), []
     sequence = prompts.question(tokenizer, "", [seen], "what?")
     with torch.inference_mode():
@@ -659,7 +661,7 @@ def test_pieces_are_told_whole_however_the_bytes_fall(image_lance, ahead):
         told.append(len(passes))
 
     with torch.inference_mode():
-        model = image_lance.experts(generation=False)
+        model = image_lance.components.experts(generation=False)
         passes = []
         model.attention = lambda *args: (passes.append(1), attention(*args))[1]
         text, written = write(

@@ -11,7 +11,7 @@ import lance_core
 from lance_core import MediaError, NumericsError, RequestError
 from lance_core.inputs import tasks
 from lance_core.model.sampler import Guidance, euler, schedule
-from lance_core.model.sequence import Kind
+from lance_core.model.sequence import Branch, Kind
 
 SMALL = {"width": 32, "height": 32, "steps": 1}
 PHOTO = np.full((40, 40, 3), 120, np.uint8)
@@ -120,7 +120,7 @@ def test_wrong_requests_are_found_before_anything_is_loaded(golden):
         if not {"noise", "system_prompt", "negative_prompt"} & set(options):
             with pytest.raises(RequestError):
                 lance.generate(*args, **options)
-            assert lance._parts == {}
+            assert lance.components._loaded == {}
 
 
 QUESTIONS = {
@@ -248,7 +248,7 @@ def test_typed_control_tokens_are_text(image_lance, recorded, typed):
         tokenizer.im_end,
         tokenizer.im_start,
     ]
-    negative = run.plan.rests[1][0][0]
+    negative = run.plan.rests[Branch.UNCONDITIONAL][0].segment
     assert not special & set(negative.ids) and tokenizer.decode(negative.ids) == typed + "!"
 
 

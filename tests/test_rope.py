@@ -128,7 +128,7 @@ def test_golden_cases_tell_rounded_from_exact(golden, recorded, monkeypatch, wro
         clip = lance_core.media.load_image(options["image"])[None]
         with torch.inference_mode():
             got, bound = (
-                lance.seen_segment(clip, options["resolution"], Role.QUESTION).data,
+                lance.components.vit_segment(clip, options["resolution"], Role.QUESTION).data,
                 1e-5,
             )
         expected = question

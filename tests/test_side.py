@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_flatten
 import lance_core
 from lance_core import RequestError, __main__
 from lance_core.model import dual_expert
-from lance_core.model.sequence import Kind, Role, Segment, Sequence
-from lance_core.model.side_stream import Side
+from lance_core.model.sequence import Branch, Kind, Role, Sequence, TargetSegment, TextSegment, VisualSegment
+from lance_core.model.side_stream import SideStream
 
 
 class Touched(TorchDispatchMode):
@@ -96,11 +96,11 @@ class StandIn:
 def sequence_of(grid: tuple[int, int, int]) -> Sequence:
     noise = torch.randn(*grid, 48, generator=torch.Generator().manual_seed(1))
     texts = [
-        Segment(Kind.TEXT, role, ids=tuple(range(a, a + 9)))
+        TextSegment(role, tuple(range(a, a + 9)))
         for role, a in ((Role.TEMPLATE, 5), (Role.CAPTION, 30), (Role.TEMPLATE, 50))
     ]
-    clean = Segment(Kind.CLEAN, Role.SOURCE, grid=grid, data=noise)
-    return Sequence((texts[0], clean, *texts[1:]), Segment(Kind.TARGET, Role.TARGET, grid=grid), 0, 1, 2)
+    clean = VisualSegment(Kind.CLEAN, Role.SOURCE, grid, noise)
+    return Sequence((texts[0], clean, *texts[1:]), TargetSegment(grid), 0, 1, 2)
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["early", "late"])
@@ -114,25 +114,28 @@ def test_any_order_gives_what_one_after_the_other_gives(golden, late, rows):
     t = torch.full((rows, 2), 0.7)
 
     def velocity(model):
-        prepared = model.prefill(sequence, plan)
-        return model.velocity([dual_expert.Branch(prepared, i % 2) for i in range(rows)], x, t)
+        prepared = model.prefill(plan)
+        return model.velocity([dual_expert.Row(prepared, list(Branch)[i % 2]) for i in range(rows)], x, t)
 
-    plain = velocity(lance.experts())
+    plain = velocity(lance.components.experts())
     with Touched() as touched:
-        lance.side = StandIn(late, touched)
-        beside = velocity(lance.experts())
+        lance.components.side = StandIn(late, touched)
+        beside = velocity(lance.components.experts())
     layers = lance.config.llm.num_layers
-    assert lance.side.count == 2 * (layers + 1)  # the clean latent of the context, and the step
+    assert lance.components.side.count == 2 * (layers + 1)  # the clean latent of the context, and the step
     assert torch.equal(beside, plain) and float(plain.std()) > 0.1
 
 
 @torch.inference_mode()
 def test_text_and_questions_have_nothing_to_run_beside(golden):
     lance = lance_core.load(golden / "checkpoint" / "Lance_3B", dtype=torch.float32)
-    text = Sequence((Segment(Kind.TEXT, Role.CAPTION, ids=tuple(range(5, 25))),), None, 0, 1, 2)
-    plain = lance.experts(generation=False).read(text, 2.0, 1)[1]
-    lance.side = StandIn(False, Touched())
-    assert torch.equal(lance.experts(generation=False).read(text, 2.0, 1)[1], plain) and lance.side.count == 0
+    text = Sequence((TextSegment(Role.CAPTION, tuple(range(5, 25))),), None, 0, 1, 2)
+    plain = lance.components.experts(generation=False).read(text, 2.0, 1)[1]
+    lance.components.side = StandIn(False, Touched())
+    assert (
+        torch.equal(lance.components.experts(generation=False).read(text, 2.0, 1)[1], plain)
+        and lance.components.side.count == 0
+    )
 
 
 def test_the_stand_in_sees_a_race():
@@ -160,7 +163,7 @@ def test_a_device_without_streams_is_told_so(golden, capsys):
 @torch.inference_mode()
 def test_two_real_streams_give_what_one_gives(golden):
     folder, size = golden / "checkpoint" / "Lance_3B", {"width": 96, "height": 64, "steps": 4}
-    assert isinstance(lance_core.load(folder, device="cuda", overlap=True).side, Side)
+    assert isinstance(lance_core.load(folder, device="cuda", overlap=True).components.side, SideStream)
     for batch in (1, 3):
         one, two = (
             lance_core.load(folder, device="cuda", dtype=torch.float32, overlap=overlap).generate(

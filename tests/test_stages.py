@@ -11,9 +11,9 @@ from lance_core import pipeline
 from lance_core.model import rope
 from lance_core.model.dual_expert import latent_positions
 from lance_core.model.sampler import Guidance, schedule
-from lance_core.model.sequence import Kind, Role
+from lance_core.model.sequence import Branch, Kind, Role
 
-MODES = {Kind.TEXT: "causal", Kind.SEEN: "full", Kind.CLEAN: "full_noise", Kind.TARGET: "noise"}
+MODES = {Kind.TEXT: "causal", Kind.VIT: "full", Kind.CLEAN: "full_noise", Kind.TARGET: "noise"}
 MODALITIES = {Role.TEMPLATE: -1, Role.CAPTION: 0, Role.TARGET: 1, Role.SOURCE: 2, Role.SUBJECT: 3}
 
 
@@ -32,7 +32,7 @@ def close(got: torch.Tensor, expected: torch.Tensor) -> bool:
 
 def branches(run) -> list[list[tuple]]:
     """(segment, positions) of the whole context, conditional and, where there is guidance, unconditional."""
-    return [run.plan.prefix + rest for rest in run.plan.rests]
+    return [run.plan.prefix + rest for rest in run.plan.rests.values()]
 
 
 def test_token_ids(drawn):
@@ -48,7 +48,7 @@ def test_blocks(drawn):
 
 def test_modalities(drawn):
     ids = [
-        4 if s.kind is Kind.SEEN else MODALITIES[s.role]
+        4 if s.kind is Kind.VIT else MODALITIES[s.role]
         for s in drawn.sequence.segments
         for _ in range(s.length)
     ]
@@ -86,7 +86,7 @@ def test_passes(drawn):
     """What ours runs: the shared prefix once, then each branch's rest, every pass over all that is before it."""
     prefix, rests = drawn.plan.lengths
     assert sum(tokens for branch, tokens, *_ in drawn.passes if branch is None) == prefix
-    for i, rest in enumerate(rests):
+    for i, rest in zip(Branch, rests, strict=False):
         done = prefix
         for _, tokens, _, before in (p for p in drawn.passes if p[0] == i):
             assert before == done
@@ -116,7 +116,7 @@ def test_context_positions(drawn):
 def test_target_positions(drawn):
     names = ["position_ids_target_cond", "position_ids_target_uncond"]
     assert [n in drawn.tensors for n in names] == [True, len(drawn.plan.targets) == 2]
-    for name, position in zip(names, drawn.plan.targets, strict=False):
+    for name, position in zip(names, drawn.plan.targets.values(), strict=False):
         assert torch.equal(natural(position, drawn.sequence.target), drawn.tensors[name].long())
 
 
@@ -145,7 +145,7 @@ def test_condition_latents(drawn):
 
 def test_first_velocities(drawn):
     rows, _, t, v = drawn.velocities[0]
-    assert rows == [0, 1][: len(drawn.plan.targets)]
+    assert rows == list(Branch)[: len(drawn.plan.targets)]
     assert close(v[0].flatten(0, 2), drawn.tensors["velocity_step0_cond"])
     assert len(rows) == 1 or close(v[1].flatten(0, 2), drawn.tensors["velocity_step0_uncond"])
     expected = torch.ones_like(t)

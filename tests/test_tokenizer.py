@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from lance_core import CheckpointError
 from lance_core.inputs import prompts
 from lance_core.inputs.tokenizer import SPECIALS, Tokenizer
-from lance_core.model.sequence import Kind, Role, Segment
+from lance_core.model.sequence import Kind, Role, VisualSegment
 
 TEXTS = [
     "a red fox in the snow",
@@ -184,7 +184,7 @@ def test_pieces_are_tokenised_on_their_own(tokenizer):
 
 
 def test_templates(tokenizer):
-    visual = Segment(Kind.SEEN, Role.SOURCE, grid=(1, 1, 2))
+    visual = VisualSegment(Kind.VIT, Role.SOURCE, (1, 1, 2), torch.empty(2, 1))
     start = (
         "<|im_start|>system\nbe "
         "brief<|im_end|>\n<|im_start|>user\n<|vision_start|><|video_pad|><|video_pad|><|vision_end|>"

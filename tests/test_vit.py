@@ -221,7 +221,7 @@ def test_rotating_in_pieces_changes_nothing(piece, monkeypatch):
     tower, grid = tower_of(SMALL), (3, 10, 14)
     patches = patches_of(SMALL, [grid])
     whole = tower(patches, [grid])
-    monkeypatch.setattr("lance_core.model.vit.PIECE", piece)
+    monkeypatch.setattr("lance_core.model.vit.VIT_ROPE_CHUNK", piece)
     assert torch.equal(tower(patches, [grid]), whole)
 
 

@@ -19,7 +19,7 @@ from ..config import (
 )
 from ..errors import RequestError
 from ..inputs import tasks
-from ..model.sequence import Kind, Role, Segment, Sequence
+from ..model.sequence import Kind, Role, Segment, Sequence, TargetSegment, TextSegment, VisualSegment
 
 RELEASED = LanceConfig(RELEASED_LLM, RELEASED_VIT, RELEASED_VAE, "video")
 OPENING, CLOSING = 40, 6  # tokens of a prompt's template before the caption and after it, about
@@ -61,17 +61,17 @@ class Case:
 
     def sequence(self, config: LanceConfig) -> Sequence:
         """A generation request, an edit's if so asked."""
-        visual = []
+        visual: list[VisualSegment] = []
         if self.edit:
-            clean = Segment(Kind.CLEAN, Role.SOURCE, grid=self.grid, data=noise(*self.grid, LATENT_CHANNELS))
+            clean = VisualSegment(Kind.CLEAN, Role.SOURCE, self.grid, noise(*self.grid, LATENT_CHANNELS))
             visual = [self._seen(config, Role.SOURCE), clean]
-        context = (
+        context: tuple[Segment, ...] = (
             _text(config, OPENING),
             *visual,
             _text(config, self.context, Role.CAPTION),
             _text(config, CLOSING),
         )
-        return Sequence(context, Segment(Kind.TARGET, Role.TARGET, grid=self.grid), 0, 1, 2)
+        return Sequence(context, TargetSegment(self.grid), 0, 1, 2)
 
     def question(self, config: LanceConfig) -> Sequence:
         """An understanding request about a picture or clip of this size."""
@@ -83,13 +83,11 @@ class Case:
         )
         return Sequence(context, None, 0, 1, 2)
 
-    def _seen(self, config: LanceConfig, role: Role) -> Segment:
+    def _seen(self, config: LanceConfig, role: Role) -> VisualSegment:
         t, h, w = self.seen
         merge = config.vit.spatial_merge_size if config.vit else 2
         grid = (t, h // merge, w // merge)
-        return Segment(
-            Kind.SEEN, role, grid=grid, data=noise(grid[0] * grid[1] * grid[2], config.llm.hidden_size)
-        )
+        return VisualSegment(Kind.VIT, role, grid, noise(grid[0] * grid[1] * grid[2], config.llm.hidden_size))
 
 
 def case_of(
@@ -149,6 +147,6 @@ def noise(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
-def _text(config: LanceConfig, count: int, role: Role = Role.TEMPLATE) -> Segment:
+def _text(config: LanceConfig, count: int, role: Role = Role.TEMPLATE) -> TextSegment:
     ids = torch.randint(config.llm.vocab_size, (count,), generator=torch.Generator().manual_seed(count))
-    return Segment(Kind.TEXT, role, tuple(ids.tolist()))
+    return TextSegment(role, tuple(ids.tolist()))

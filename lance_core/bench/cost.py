@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..config import LATENT_CHANNELS, TIME_FREQUENCIES, LLMConfig, VAEConfig, ViTConfig
 from ..model.dual_expert import Plan
-from ..model.sequence import MARKERS, Kind, merge_text
+from ..model.sequence import MARKERS, is_clean, merge_text
 from ..model.vit import window_classes
 from ..vae.wan import WanVAE
 
@@ -93,14 +93,14 @@ def prefill(config: LLMConfig, plan: Plan, itemsize: int) -> Cost:
     """
     flops, generation = 0, False
     shared = plan.lengths[0]
-    for part, before in ((plan.prefix, 0), *((rest, shared) for rest in plan.rests)):
-        for group in merge_text(segment for segment, _ in part):
-            queries = sum(s.length for s in group)
+    for part, before in ((plan.prefix, 0), *((rest, shared) for rest in plan.rests.values())):
+        for segment, _ in merge_text(part):
+            queries = segment.length
             before += queries
             flops += block_flops(config, queries, before)
-            if group[0].kind is Kind.CLEAN:
+            if is_clean(segment):
                 generation = True
-                flops += latent_flops(config, group[0].grid)
+                flops += latent_flops(config, segment.grid)
     return Cost(flops, itemsize * (1 + generation) * expert_weights(config))
 
 

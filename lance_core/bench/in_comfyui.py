@@ -27,11 +27,11 @@ from torch.profiler import ProfilerActivity, profile
 from ..config import latent_grid
 from ..inputs import prompts
 from ..inputs.tasks import TASKS
+from ..model.denoise import denoise
 from ..model.dual_expert import Plan
 from ..model.sampler import Guidance, schedule, seeded_noise
 from ..pipeline import load
 from .device import synchronize
-from .measure import denoise
 from .overhead import OURS, PATHS, difference
 
 CFG = 4.0
@@ -156,8 +156,8 @@ class Paths:
         lance = self.lance
         system = TASKS["t2i"].default_system_prompt
         sequence = prompts.generation(lance.checkpoint.tokenizer, system, [], PROMPT, self.grid)
-        model = lance.experts()
-        prepared = model.prefill(sequence, Plan.of(sequence, lance.config.tokens_per_second, guided=True))
+        model = lance.components.experts()
+        prepared = model.prefill(Plan.of(sequence, lance.config.tokens_per_second, guided=True))
         x = seeded_noise(self.seed, self.grid)[None].to(self.device)
         guidance = Guidance(CFG, (0.0, 1.0))
         denoise(model, prepared, x, schedule(self.steps), guidance, callback=self.stamp).cpu()

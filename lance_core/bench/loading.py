@@ -27,7 +27,7 @@ import torch
 from ..checkpoint import tiny
 from ..checkpoint.checkpoint import VAE_FILES, VIT_FILE, VIT_FOLDER, Checkpoint, Progress, released_name
 from ..checkpoint.quantize import FORMATS, stored_names
-from ..checkpoint.tensor_files import DTYPES
+from ..checkpoint.tensor_files import DTYPES, SafetensorsFile
 from ..config import IMAGE_TABLE_ROWS, LanceConfig, to_json
 from ..errors import RequestError
 from ..inputs.tasks import check_count
@@ -166,8 +166,8 @@ def load(path: Path, parts: list[str]) -> dict[str, Any]:
 def _ranges(checkpoint: Checkpoint, parts: list[str]) -> list[tuple[str, int, int]]:
     """(file, first byte, bytes) of every tensor, in the order they lie."""
     tensors = [tensor for part in parts for tensor in checkpoint.parts[part].tensors.values()]
-    entries = [(str(file.path), file.entries[key]) for file, key in tensors]
-    return sorted((path, entry.start, entry.nbytes) for path, entry in entries)
+    files = [(file, file.entries[key]) for file, key in tensors if isinstance(file, SafetensorsFile)]
+    return sorted((str(file.path), entry.start, entry.nbytes) for file, entry in files)
 
 
 def read(path: Path, parts: list[str]) -> dict[str, Any]:

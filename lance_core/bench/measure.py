@@ -19,14 +19,14 @@ from ..checkpoint.checkpoint import Progress
 from ..config import LATENT_CHANNELS, LanceConfig, LLMConfig
 from ..errors import RequestError
 from ..inputs import tasks
-from ..model.decoder import PIECE, compile_layers, join
-from ..model.dual_expert import DualExpert, Generation, Plan, Prepared, Understanding
+from ..model.decoder import FEED_CHUNK, compile_layers, join
+from ..model.denoise import denoise
+from ..model.dual_expert import DualExpert, Generation, Plan, Understanding
 from ..model.sampler import Guidance, schedule
 from ..model.sequence import Sequence
-from ..model.side_stream import Side
+from ..model.side_stream import SideStream
 from ..model.token_loop import TokenLoop
 from ..model.vit import VisionTower
-from ..pipeline import Lance
 from ..text_generation import Chooser
 from ..vae.wan import WanVAE
 from . import cost
@@ -40,23 +40,6 @@ STEPS = 30  # of the released schedule
 # seconds: passes that must take so long are timed one at a time, waiting for the device being nothing to them
 LONG = 0.1
 Price = Callable[[LLMConfig], cost.Cost]
-
-
-class Engine(Lance):
-    """`Lance.denoise` over a model that no checkpoint backs."""
-
-    def __init__(self, model: DualExpert) -> None:
-        self.model, self.progress, self._parts = model, None, {}
-
-    def experts(self, generation: bool = True) -> DualExpert:
-        return self.model
-
-
-def denoise(
-    model: DualExpert, prepared: Prepared, x: Tensor, times: Tensor, guidance: Guidance, callback: Any = None
-) -> Tensor:
-    """`Lance.denoise`."""
-    return Engine(model).denoise(prepared, x, times, guidance, callback=callback)
 
 
 @dataclass(frozen=True)
@@ -73,7 +56,7 @@ class Bench:
     progress: Progress | None = None
     budget: float | None = None
     compile: bool = False
-    side: Side | None = None
+    side: SideStream | None = None
     profile: bool = False
 
     def say(self, what: str, done: int, total: int) -> None:
@@ -102,7 +85,7 @@ class Bench:
             3 * llm.intermediate_size * size,
             8 * llm.hidden_size * size,
         )  # of a token, in the feed-forward and around it
-        work = rows * block * stream + min(rows * block, PIECE) * wide
+        work = rows * block * stream + min(rows * block, FEED_CHUNK) * wide
         if self.baseline:
             held += sum(shared + rest for rest in rests)
             work = max(work, block * (2 * stream + wide))  # one row at a time, and all of its tokens
@@ -247,7 +230,7 @@ class Bench:
             context, logits, position = version.read(question, rate, room)
             following = TokenLoop(version, context, position, self.compile and self.device.type == "cuda")
             choose = Chooser(0.0, 1.0, 0)
-        token = choose(logits)
+        token: Any = choose(logits)
 
         def decode() -> None:
             nonlocal token
@@ -369,11 +352,7 @@ class Bench:
 
 
 def _prefill(version: DualExpert | Baseline, sequence: Sequence, plan: Plan) -> Any:
-    return (
-        version.prefill(sequence, plan)
-        if isinstance(version, Baseline)
-        else version.fill(Prepared(sequence, plan))
-    )
+    return version.prefill(sequence, plan) if isinstance(version, Baseline) else version.prefill(plan)
 
 
 def _ratio(slow: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:

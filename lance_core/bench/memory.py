@@ -29,7 +29,8 @@ from ..config import CELL, LATENT_CHANNELS, LanceConfig
 from ..errors import RequestError
 from ..inputs import preprocess
 from ..model.decoder import join
-from ..model.dual_expert import Branch, DualExpert, Generation, Plan, Prepared, Understanding
+from ..model.dual_expert import DualExpert, Generation, Plan, Row, Understanding
+from ..model.sequence import Branch
 from ..model.token_loop import TokenLoop
 from ..model.vit import VisionTower
 from ..vae.wan import TILE, WanVAE
@@ -199,10 +200,9 @@ class Stages:
         """Both branches' context, then a guided step: one forward of two rows, and two forwards of one."""
         with self.loaded("und", "gen") as (meter, modules):
             model = self._decoder(modules)
-            sequence = case.sequence(self.config)
-            prepared = Prepared(sequence, Plan.of(sequence, self.config.tokens_per_second, guided=True))
-            self.note(meter, "prefill", lambda: model.fill(prepared))
-            both = [Branch(prepared, 0), Branch(prepared, 1)]
+            plan = Plan.of(case.sequence(self.config), self.config.tokens_per_second, guided=True)
+            prepared = self.note(meter, "prefill", lambda: model.prefill(plan))
+            both = [Row(prepared, branch) for branch in Branch]
             x = self.zeros(1, *case.grid, LATENT_CHANNELS, dtype=torch.float32)
             t = self.zeros(1, case.grid[0], dtype=torch.float32)
             self.note(

@@ -26,12 +26,13 @@ from ..checkpoint.quantize import FORMATS, quantisable
 from ..config import LATENT_CHANNELS, RELEASED_LLM, LanceConfig
 from ..errors import CheckpointError
 from ..inputs.tasks import check_count
-from ..model.dual_expert import Branch, DualExpert, Generation, Plan, Understanding
+from ..model.denoise import denoise
+from ..model.dual_expert import DualExpert, Generation, Plan, Row, Understanding
 from ..model.sampler import Guidance, schedule
+from ..model.sequence import Branch
 from ..vae.wan import WanVAE, denormalize_latent
 from .case import RELEASED, Case, noise, vae_of
 from .device import CPU, fill, materialise, watched
-from .measure import denoise
 from .report import Block, Notes, Table
 
 OUTLIERS = 64  # one input channel in so many is this much larger, as trained weights have them
@@ -141,10 +142,9 @@ def outputs(
 ) -> dict[str, Tensor]:
     """What the experts say of one fixed request, MEASURES by name; without a VAE no pixels."""
     case = Case(cells * 16, cells * 16, 1, 1, True, False, 24, (1, cells, cells), (1, 8, 8))
-    sequence = case.sequence(config)
-    prepared = model.prefill(sequence, Plan.of(sequence, config.tokens_per_second, guided=True))
+    prepared = model.prefill(Plan.of(case.sequence(config), config.tokens_per_second, guided=True))
     x, t = noise(1, *case.grid, LATENT_CHANNELS), torch.tensor(0.7)
-    both = [Branch(prepared, 0), Branch(prepared, 1)]
+    both = [Row(prepared, branch) for branch in Branch]
     cond, uncond = model.velocity(both, torch.cat([x, x]), t.expand(2, 1)).split(1)
     latent = denoise(model, prepared, x, schedule(steps), Guidance())
     found = dict(zip(MEASURES[:3], (cond, uncond, latent), strict=True))

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from ..model import rope
 from ..model.decoder import JOINED
-from ..model.dual_expert import DualExpert, Generation, Plan, latent_positions
+from ..model.dual_expert import DualExpert, Plan, latent_positions
 from ..model.sampler import Guidance, euler
-from ..model.sequence import MARKERS, Kind, Segment, Sequence, merge_text
+from ..model.sequence import MARKERS, Branch, Kind, Placed, Sequence, TextSegment, merge_text
 
 
 @dataclass(eq=False)
@@ -50,9 +50,10 @@ def parts_of(layer: Any) -> dict[str, Part]:
             if not isinstance(module, nn.Linear):
                 parts[name] = module
                 continue
-            rows = module.rows if name in JOINED else {name: module.out_features}
-            biases = [None] * len(rows) if module.bias is None else module.bias.split(list(rows.values()))
-            alone = zip(rows, module.weight.split(list(rows.values())), biases, strict=True)
+            rows: Any = module.rows if name in JOINED else {name: module.out_features}
+            counts: list[int] = list(rows.values())
+            biases = [None] * len(rows) if module.bias is None else module.bias.split(counts)
+            alone = zip(rows, module.weight.split(counts), biases, strict=True)
             parts |= {part: partial(F.linear, weight=weight, bias=bias) for part, weight, bias in alone}
     parts["mlp"] = lambda x: parts["down_proj"](F.silu(parts["gate_proj"](x)) * parts["up_proj"](x))
     return parts | {name: getattr(layer, name) for name in ("input_layernorm", "post_attention_layernorm")}
@@ -106,8 +107,8 @@ class Baseline:
     def prefill(self, sequence: Sequence, plan: Plan) -> list[Side]:
         """Every branch's whole context, what they share included."""
         sides = []
-        for i, rest in enumerate(plan.rests):
-            side = Side([None] * self.config.num_layers, plan.targets[i] if plan.targets else None)
+        for branch, rest in plan.rests.items():
+            side = Side([None] * self.config.num_layers, plan.targets.get(branch))
             self._extend(side, sequence, plan.prefix + rest)
             sides.append(side)
         return sides
@@ -116,7 +117,8 @@ class Baseline:
         """An understanding prompt's cache and the next token's logits."""
         plan = Plan.of(sequence, tokens_per_second, guided=False)
         side = Side([None] * self.config.num_layers, None)
-        return side, self.model.logits(self._extend(side, sequence, plan.prefix + plan.rests[0])[None])
+        placed = plan.prefix + plan.rests[Branch.CONDITIONAL]
+        return side, self.model.logits(self._extend(side, sequence, placed)[None])
 
     def next_token(self, side: Side, token: int, position: int) -> Tensor:
         """Append one text token and return the logits after it, float32 [vocabulary]."""
@@ -135,7 +137,7 @@ class Baseline:
         """Velocity of one row's noisy latents x [1, frames, h, w, 48] at t [1, frames]; float32, shaped like
         x.
         """
-        gen, target = self._generation, side.target
+        gen, target = self.model.generation, side.target
         assert target is not None  # its branch was prefilled for generation
         tokens, where = self._visual(sequence, x, t)
         out = self._pass(tokens, where, reading_order(target), side, keep=False, causal=False)
@@ -158,11 +160,6 @@ class Baseline:
 
     # -- inside a pass ---------------------------------------------------------------------------------------
 
-    @property
-    def _generation(self) -> Generation:
-        assert self.model.gen is not None  # latents are only given to a model that generates
-        return self.model.gen
-
     def _embed(self, ids: list[int]) -> Tensor:
         return self.model.und.embed_tokens(torch.tensor(ids, device=self.model.device)).to(self.model.dtype)
 
@@ -171,32 +168,29 @@ class Baseline:
         model = self.model
         grid = (x.shape[1], x.shape[2], x.shape[3])
         table = latent_positions(grid, self.config.hidden_size).to(model.device, model.dtype)
-        latents = self._generation.embed_latents(x, t, table, model.dtype)[0]
+        latents = self.model.generation.embed_latents(x, t, table, model.dtype)[0]
         where = torch.arange(1, len(latents) + 1, device=model.device)
         tokens = latents.new_zeros(len(latents) + MARKERS, latents.shape[-1])
         tokens[where] = latents
         tokens[self._others(where, len(tokens))] = self._embed([sequence.start, sequence.end])
         return tokens, where
 
-    def _extend(self, side: Side, sequence: Sequence, parts: list[tuple[Segment, Tensor]]) -> Tensor:
-        positions = {id(s): p for s, p in parts}
+    def _extend(self, side: Side, sequence: Sequence, parts: list[Placed]) -> Tensor:
         hidden = torch.empty(0)
-        for group in merge_text(s for s, _ in parts):
-            first, where = group[0], None
-            position = torch.cat([positions[id(s)] for s in group], dim=1)
-            if first.kind is Kind.TEXT:
-                tokens = self._embed([i for s in group for i in s.ids])
+        for segment, position in merge_text(parts):
+            where = None
+            if isinstance(segment, TextSegment):
+                tokens = self._embed(list(segment.ids))
             else:
-                position = reading_order(position)
-                data = first.data.to(self.model.device)
-                if first.kind is Kind.SEEN:
+                position, data = reading_order(position), segment.data.to(self.model.device)
+                if segment.kind is Kind.VIT:
                     start, end = self._embed([sequence.start, sequence.end]).split(1)
                     tokens = torch.cat([start, data.to(self.model.dtype), end])
                 else:
-                    tokens, where = self._visual(
-                        sequence, data[None], torch.zeros(1, first.grid[0], device=data.device)
-                    )
-            hidden = self._pass(tokens, where, position, side, keep=True, causal=first.kind is Kind.TEXT)
+                    clean = torch.zeros(1, segment.grid[0], device=data.device)
+                    tokens, where = self._visual(sequence, data[None], clean)
+            causal = segment.kind is Kind.TEXT
+            hidden = self._pass(tokens, where, position, side, keep=True, causal=causal)
         return hidden
 
     def _pass(

@@ -18,7 +18,7 @@ from ..config import LanceConfig
 from ..errors import RequestError
 from ..inputs import tasks
 from ..model.decoder import check_compiler
-from ..model.side_stream import Side
+from ..model.side_stream import SideStream
 from . import plot, suite
 from .case import RELEASED, Case, case_of
 from .device import Others, device_of, free, machine
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace, progress: Progress | None = None) -> dict[str,
         progress,
         budget=BUDGET if args.suite else None,
         compile=args.compile,
-        side=Side(device) if args.overlap else None,
+        side=SideStream(device) if args.overlap else None,
         profile=args.profile,
     )
     others = Others()

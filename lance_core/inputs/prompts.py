@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ..model.sequence import Kind, Role, Segment, Sequence
+from ..model.sequence import Role, Segment, Sequence, TargetSegment, TextSegment
 from .tokenizer import Tokenizer
 
 SYSTEM_PROMPTS = {
@@ -38,7 +38,7 @@ def _assemble(
     visuals: Iterable[Segment],
     caption: str,
     role: Role,
-    target: Segment | None,
+    target: TargetSegment | None,
 ) -> Sequence:
     """<|im_start|>system … user … visuals, caption … assistant, then the target. Pieces are tokenised on
     their own.
@@ -55,10 +55,10 @@ def _assemble(
     ]
     closing = [t.im_end, *newline, t.im_start, *t.encode("assistant\n")]
     context = (
-        Segment(Kind.TEXT, Role.TEMPLATE, tuple(opening)),
+        TextSegment(Role.TEMPLATE, tuple(opening)),
         *visuals,
-        Segment(Kind.TEXT, role, tuple(t.encode(caption))),
-        Segment(Kind.TEXT, Role.TEMPLATE, tuple(closing)),
+        TextSegment(role, tuple(t.encode(caption))),
+        TextSegment(Role.TEMPLATE, tuple(closing)),
     )
     return Sequence(context, target, t.vision_start, t.vision_end, t.pad)
 
@@ -67,9 +67,7 @@ def generation(
     tokenizer: Tokenizer, system: str, visuals: Iterable[Segment], caption: str, grid: tuple[int, int, int]
 ) -> Sequence:
     """The sequence of a generation task whose target has `grid` latent tokens (t, h, w)."""
-    return _assemble(
-        tokenizer, system, visuals, caption, Role.CAPTION, Segment(Kind.TARGET, Role.TARGET, grid=grid)
-    )
+    return _assemble(tokenizer, system, visuals, caption, Role.CAPTION, TargetSegment(grid))
 
 
 def question(tokenizer: Tokenizer, system: str, visuals: Iterable[Segment], text: str) -> Sequence:

@@ -3,9 +3,9 @@ VAE's.
 """
 
 from .decoder import ExpertLayer, compile_layers, run_layers
-from .dual_expert import Branch, DualExpert, Generation, Plan, Prepared, Understanding
+from .dual_expert import DualExpert, Generation, Plan, Prepared, Row, Understanding
 from .sampler import Guidance, euler, schedule, seeded_noise
-from .sequence import Kind, Role, Segment, Sequence
+from .sequence import Branch, Kind, Role, Segment, Sequence, TargetSegment, TextSegment, VisualSegment
 from .vit import VisionTower
 
 __all__ = [
@@ -18,10 +18,14 @@ __all__ = [
     "Plan",
     "Prepared",
     "Role",
+    "Row",
     "Segment",
     "Sequence",
+    "TargetSegment",
+    "TextSegment",
     "Understanding",
     "VisionTower",
+    "VisualSegment",
     "compile_layers",
     "euler",
     "run_layers",

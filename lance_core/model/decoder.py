@@ -22,10 +22,10 @@ from ..errors import RequestError
 from .kv_cache import Attend
 from .ops import TorchOps
 from .rope import rotate_into
-from .side_stream import Side
+from .side_stream import SideStream
 
-PIECE = 8192  # tokens a feed-forward takes at once; enough to keep any device busy
-CPU_PIECE = 512  # the same on a CPU, whose caches should hold what is between two products; measured
+FEED_CHUNK = 8192  # tokens a feed-forward takes at once; enough to keep any device busy
+CPU_FEED_CHUNK = 512  # the same on a CPU, whose caches should hold what is between two products; measured
 # Projections of one input that run as one product, by the name of the joined layer; files keep them apart.
 JOINED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
@@ -113,7 +113,7 @@ class ExpertLayer(nn.Module):
         if torch.is_grad_enabled():
             return x + self.mlp(normed)
         rows, tokens = x.view(-1, x.shape[-1]), normed.view(-1, x.shape[-1])
-        piece = CPU_PIECE if x.is_cpu else PIECE
+        piece = CPU_FEED_CHUNK if x.is_cpu else FEED_CHUNK
         for start in range(0, len(rows), piece):
             one = slice(start, start + piece)
             rows[one].add_(self.mlp(tokens[one]))
@@ -256,7 +256,7 @@ def run_layers(
     cos: Tensor,
     sin: Tensor,
     attend: Attend,
-    side: Side | None = None,
+    side: SideStream | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """All layers; see `run_layer`. `gen_layers` is needed only when there are generation tokens.
 
@@ -282,7 +282,7 @@ def _run_beside(
     cos: Tensor,
     sin: Tensor,
     attend: Attend,
-    side: Side,
+    side: SideStream,
 ) -> tuple[Tensor, Tensor]:
     """`run_layers` with everything of the understanding expert between two attentions on `side`."""
     split, count = und.shape[1], len(und_layers)

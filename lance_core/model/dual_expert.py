@@ -9,21 +9,22 @@ between devices.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from ..config import LATENT_CHANNELS, MAX_LATENT_SIDE, TIME_FREQUENCIES, LLMConfig
+from ..config import LATENT_CHANNELS, MAX_LATENT_SIDE, TIME_FREQUENCIES, Grid, LLMConfig
 from ..errors import RequestError
 from . import rope
 from .attention import Attention, attention
 from .decoder import ExpertLayer, run_layers
-from .kv_cache import Attend, Context
+from .kv_cache import Attend, Context, Region
 from .ops import TorchOps
-from .sequence import Kind, Segment, Sequence, merge_text
-from .side_stream import Side
+from .sequence import MARKERS, Branch, Kind, Placed, Sequence, TextSegment, merge_text
+from .side_stream import SideStream
 
 
 class Understanding(nn.Module):
@@ -108,18 +109,18 @@ def latent_positions(grid: tuple[int, int, int], hidden: int) -> Tensor:
     return torch.cat(parts, dim=-1)
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class Plan:
-    """Which segments run against which cached prefix, with their positions: the two branches of a guided
-    request.
+    """A planned request: which segments run against which cached prefix, and where. Nothing is computed yet.
 
     prefix: segments both branches share; rests: each branch's own; targets: positions of each branch's target
-    block.
+    block, empty for understanding.
     """
 
-    prefix: list[tuple[Segment, Tensor]]
-    rests: list[list[tuple[Segment, Tensor]]]
-    targets: list[Tensor]
+    sequence: Sequence
+    prefix: list[Placed]
+    rests: dict[Branch, list[Placed]]
+    targets: dict[Branch, Tensor]
 
     @classmethod
     def of(
@@ -133,51 +134,63 @@ class Plan:
         place.
         """
         split = sequence.caption
-        layouts = [(sequence, rope.positions(sequence, tokens_per_second))]
+        branches = [(sequence, rope.positions(sequence, tokens_per_second))]
         if guided and negative:
             other = sequence.with_caption(negative)
-            layouts.append((other, rope.positions(other, tokens_per_second)))
+            branches.append((other, rope.positions(other, tokens_per_second)))
         elif guided:
-            layouts.append(
+            branches.append(
                 (sequence.without_caption(), rope.unconditional_positions(sequence, tokens_per_second))
             )
-        pairs = [list(zip(s.context, p, strict=False)) for s, p in layouts]
-        targets = [p[-1] for _, p in layouts] if sequence.target else []
-        return cls(pairs[0][:split], [p[split:] for p in pairs], targets)
+        named = dict(zip(Branch, branches, strict=False))
+        placed = {
+            b: [Placed(*pair) for pair in zip(s.context, p, strict=False)] for b, (s, p) in named.items()
+        }
+        targets = {b: p[-1] for b, (_, p) in named.items()} if sequence.target else {}
+        rests = {b: segments[split:] for b, segments in placed.items()}
+        return cls(sequence, placed[Branch.CONDITIONAL][:split], rests, targets)
 
     @property
     def lengths(self) -> tuple[int, tuple[int, ...]]:
-        """Tokens of the prefix and of each rest."""
-        count = [sum(s.length for s, _ in part) for part in (self.prefix, *self.rests)]
-        return count[0], tuple(count[1:])
+        """Tokens of the prefix and of each branch's rest, in `Branch`'s order."""
+        prefix, *rests = (sum(s.length for s, _ in part) for part in (self.prefix, *self.rests.values()))
+        return prefix, tuple(rests)
+
+    @property
+    def grid(self) -> Grid:
+        """Latent cells (t, h, w) of the target.
+
+        Raises:
+            ValueError: an understanding plan, which has none.
+        """
+        if self.sequence.target is None:
+            raise ValueError("the plan of an understanding sequence has no target to denoise")
+        return self.sequence.target.grid
 
 
 @dataclass(eq=False)
 class Prepared:
-    """A generation request on its way to denoising. Cheap until `DualExpert.fill` computes its context.
+    """A planned request with its context computed, the prefix and the branches in `ready`.
 
-    rope: per branch (conditional, then unconditional if wanted) cos and sin [1, tokens, width].
+    rope: per branch cos and sin of the target [1, tokens, width].
     markers: embeddings of the target's two marker tokens [1, 2, hidden].
     table: latent position table [tokens, hidden].
     """
 
-    sequence: Sequence
     plan: Plan
-    context: Context | None = None
-    rope: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    markers: Tensor | None = None
-    table: Tensor | None = None
-    ready: set[int] = field(default_factory=set)
+    context: Context
+    rope: dict[Branch, tuple[Tensor, Tensor]]
+    markers: Tensor
+    table: Tensor
+    ready: set[Branch] = field(default_factory=set)
 
 
-@dataclass(eq=False)
-class Branch:
-    """One side of a prepared prompt, 0 conditional or 1 unconditional: what one row of a velocity call runs
-    against.
-    """
+@dataclass(frozen=True, eq=False)
+class Row:
+    """What one row of a velocity call runs against: a branch of a prepared request."""
 
     prepared: Prepared
-    index: int
+    branch: Branch
 
 
 class DualExpert:
@@ -194,7 +207,7 @@ class DualExpert:
         attention: Attention = attention,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
-        side: Side | None = None,
+        side: SideStream | None = None,
     ) -> None:
         self.config, self.und, self.gen, self.side = config, und, gen, side
         self.attention, self.dtype, self.device = attention, dtype, torch.device(device)
@@ -213,33 +226,43 @@ class DualExpert:
         return run_layers(self.und.layers, layers, und, gen, cos[None], sin[None], attend, self.side)
 
     def extend(
-        self, context: Context, branch: int | None, parts: list[tuple[Segment, Tensor]], markers: Tensor
+        self, context: Context, region: Region, placed: Iterable[Placed], markers: Tensor
     ) -> Tensor | None:
-        """Run segments into the context. Returns the last text pass's hidden state [1, n, hidden], for
-        `logits`.
+        """Run segments into a region of the context. Returns the hidden state [1, n, hidden] that the
+        understanding expert leaves after the last one, for `logits`; None without segments.
         """
-        positions = {id(s): p for s, p in parts}
         hidden = None
-        for group in merge_text(s for s, _ in parts):
-            position = torch.cat([positions[id(s)] for s in group], dim=1)
-            first, gen = group[0], None
-            if first.kind is Kind.TEXT:
-                und = self.embed([i for s in group for i in s.ids])
-            elif first.kind is Kind.SEEN:
-                und = torch.cat([markers, first.data.to(self.device, self.dtype)[None]], dim=1)
+        for segment, position in merge_text(placed):
+            gen = None
+            if isinstance(segment, TextSegment):
+                und = self.embed(segment.ids)
+            elif segment.kind is Kind.VIT:
+                und = torch.cat([markers, segment.data.to(self.device, self.dtype)[None]], dim=1)
             else:
-                if self.gen is None:
-                    raise RequestError(
-                        "this request has latents in it, and only the understanding expert is loaded: load "
-                        "both experts"
-                    )
-                latent = first.data.to(self.device)[None]
-                table = latent_positions(first.grid, self.config.hidden_size).to(self.device, self.dtype)
-                clean = torch.zeros(1, first.grid[0], device=self.device)
-                und, gen = markers, self.gen.embed_latents(latent, clean, table, self.dtype)
-            with context.extend(branch, position.shape[1], first.kind is Kind.TEXT, self.attention) as attend:
+                latent = segment.data.to(self.device)[None]
+                clean = torch.zeros(1, segment.grid[0], device=self.device)
+                table = self._position_table(segment.grid)
+                und, gen = markers, self.generation.embed_latents(latent, clean, table, self.dtype)
+            causal = segment.kind is Kind.TEXT
+            with context.extend(region, position.shape[1], causal, self.attention) as attend:
                 hidden, _ = self._run(und, gen, position, attend)
         return hidden
+
+    def _position_table(self, grid: Grid) -> Tensor:
+        return latent_positions(grid, self.config.hidden_size).to(self.device, self.dtype)
+
+    @property
+    def generation(self) -> Generation:
+        """The generation expert.
+
+        Raises:
+            RequestError: only the understanding expert is loaded.
+        """
+        if self.gen is None:
+            raise RequestError(
+                "this request has latents in it, and only the understanding expert is loaded: load both experts"
+            )
+        return self.gen
 
     def markers(self, sequence: Sequence) -> Tensor:
         """Embeddings of the two marker tokens, [1, 2, hidden]."""
@@ -259,35 +282,34 @@ class DualExpert:
             dtype=self.dtype,
         )
 
-    def prefill(self, sequence: Sequence, plan: Plan) -> Prepared:
-        """A generation request with all its branches' contexts computed."""
-        return self.fill(Prepared(sequence, plan))
+    def prefill(self, plan: Plan, *branches: Branch) -> Prepared:
+        """Compute a generation request's context: the shared prefix, then the branches named (all of the
+        plan's without any). `prefill_branch` adds the others later.
 
-    def fill(self, prepared: Prepared, *branches: int) -> Prepared:
-        """Compute the context of a request's branches (all without naming any): the shared prefix once, then
-        each one's rest.
+        Raises:
+            ValueError: the plan has no target.
         """
-        plan, sequence = prepared.plan, prepared.sequence
-        if prepared.context is None:
-            prefix, rests = plan.lengths
-            context, markers = self.new_context(prefix, rests, sequence.target.length), self.markers(sequence)
-            self.extend(context, None, plan.prefix, markers)
-            prepared.rope = [
-                tuple(t[None] for t in rope.tables(p, self.config, self.device)) for p in plan.targets
-            ]
-            prepared.table = latent_positions(sequence.target.grid, self.config.hidden_size).to(
-                self.device, self.dtype
-            )
-            prepared.context, prepared.markers = context, markers
-        for index in branches or range(len(plan.rests)):
-            if index not in prepared.ready:
-                self.extend(prepared.context, index, plan.rests[index], prepared.markers)
-                prepared.ready.add(index)
+        (prefix, rests), grid = plan.lengths, plan.grid
+        context = self.new_context(prefix, rests, grid[0] * grid[1] * grid[2] + MARKERS)
+        markers = self.markers(plan.sequence)
+        self.extend(context, context.prefix, plan.prefix, markers)
+        tables = {b: rope.tables(p, self.config, self.device) for b, p in plan.targets.items()}
+        turned = {b: (cos[None], sin[None]) for b, (cos, sin) in tables.items()}
+        prepared = Prepared(plan, context, turned, markers, self._position_table(grid))
+        for branch in branches or plan.rests:
+            self.prefill_branch(prepared, branch)
         return prepared
+
+    def prefill_branch(self, prepared: Prepared, branch: Branch) -> None:
+        """Compute what one branch has after the prefix, unless that is done."""
+        if branch not in prepared.ready:
+            region, rest = prepared.context.rests[branch], prepared.plan.rests[branch]
+            self.extend(prepared.context, region, rest, prepared.markers)
+            prepared.ready.add(branch)
 
     # -- denoising -------------------------------------------------------------------------------------------
 
-    def velocity(self, rows: SequenceOf[Branch], x: Tensor, t: Tensor) -> Tensor:
+    def velocity(self, rows: SequenceOf[Row], x: Tensor, t: Tensor) -> Tensor:
         """Velocity (noise - data) of noisy latents.
 
         Args:
@@ -297,9 +319,10 @@ class DualExpert:
         Returns: float32, shaped like x.
         """
         first = rows[0].prepared
-        gen = self.gen.embed_latents(x, t, first.table, self.dtype)
+        expert = self.generation
+        gen = expert.embed_latents(x, t, first.table, self.dtype)
         und = first.markers.expand(len(rows), -1, -1)
-        ropes = [r.prepared.rope[r.index] for r in rows]
+        ropes = [r.prepared.rope[r.branch] for r in rows]
         cos, sin = (torch.cat(part) for part in zip(*ropes, strict=True))
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -307,12 +330,12 @@ class DualExpert:
             for i, row in enumerate(rows):
                 one = slice(i, i + 1)
                 out[one] = row.prepared.context.attend_target(
-                    layer, row.index, q[one], k[one], v[one], self.attention
+                    layer, row.branch, q[one], k[one], v[one], self.attention
                 )
             return out
 
-        _, gen = run_layers(self.und.layers, self.gen.layers, und, gen, cos, sin, attend, self.side)
-        return self.gen.llm2vae(self.gen.norm(gen)).float().unflatten(1, x.shape[1:4])
+        _, gen = run_layers(self.und.layers, expert.layers, und, gen, cos, sin, attend, self.side)
+        return expert.llm2vae(expert.norm(gen)).float().unflatten(1, x.shape[1:4])
 
     # -- text ------------------------------------------------------------------------------------------------
 
@@ -325,7 +348,9 @@ class DualExpert:
         and its position.
         """
         plan = Plan.of(sequence, tokens_per_second, guided=False)
-        parts = plan.prefix + plan.rests[0]
-        context = self.new_context(sum(s.length for s, _ in parts) + room)
-        hidden = self.extend(context, None, parts, self.markers(sequence))
-        return context, self.logits(hidden), int(max(p.max() for _, p in parts)) + 1
+        placed = plan.prefix + plan.rests[Branch.CONDITIONAL]
+        context = self.new_context(sum(s.length for s, _ in placed) + room)
+        hidden = self.extend(context, context.prefix, placed, self.markers(sequence))
+        if hidden is None:
+            raise ValueError("an understanding prompt without tokens")
+        return context, self.logits(hidden), int(max(p.max() for _, p in placed)) + 1

@@ -11,21 +11,21 @@ import torch
 from torch import Tensor
 
 from ..config import LLMConfig
-from .sequence import Kind, Role, Segment, Sequence
+from .sequence import Kind, Role, Segment, Sequence, TargetSegment, TextSegment
 
-SEEN_OFFSET = 1000  # where the time axis of ViT tokens starts
+VIT_OFFSET = 1000  # where the time axis of ViT tokens starts
 SUBJECT_OFFSET = 2000  # where the time axis of subject latents starts
-PIECE = 8192  # tokens rotated at once
-CPU_PIECE = 512  # the same on a CPU, whose caches should hold their float32 copies; measured
+ROPE_CHUNK = 8192  # tokens rotated at once
+CPU_ROPE_CHUNK = 512  # the same on a CPU, whose caches should hold their float32 copies; measured
 
 
-def _lay_out(segments: tuple[Segment, ...], tokens_per_second: float) -> list[Tensor]:
+def _lay_out(segments: tuple[Segment | TargetSegment, ...], tokens_per_second: float) -> list[Tensor]:
     """Positions before any offset: text counts up on all axes, grids span theirs, text goes on after the
     largest.
     """
     position, out = 0, []
     for segment in segments:
-        if segment.grid is None:
+        if isinstance(segment, TextSegment):
             out.append(torch.arange(position, position + segment.length).expand(3, -1))
             position += segment.length
             continue
@@ -50,7 +50,7 @@ def positions(sequence: Sequence, tokens_per_second: float) -> list[Tensor]:
     out = _lay_out(segments, tokens_per_second)
     if sequence.target is None:
         return out
-    for offset, wanted in ((SEEN_OFFSET, (Kind.SEEN, None)), (SUBJECT_OFFSET, (Kind.CLEAN, Role.SUBJECT))):
+    for offset, wanted in ((VIT_OFFSET, (Kind.VIT, None)), (SUBJECT_OFFSET, (Kind.CLEAN, Role.SUBJECT))):
         chosen = [i for i, s in enumerate(segments) if s.kind is wanted[0] and wanted[1] in (None, s.role)]
         if chosen:
             shift = torch.tensor([offset - int(out[chosen[0]][0, 0]), 0, 0])[:, None]
@@ -103,15 +103,15 @@ def rotate_into(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> None:
     """Write heads x [b, n, heads, width], rotated by cos/sin [b or 1, n, width], to `out`, shaped like x and
     free of it.
 
-    Half-rotation style, in float32. Long sequences go through in pieces, so that the float32 copies of a
+    Half-rotation style, in float32. Long sequences go through in chunks, so that the float32 copies of a
     video's queries never exist at once; compiled, there are no such copies.
     """
     if torch.compiler.is_compiling():
         out.copy_(torch.cat(_halves(x, cos, sin), dim=-1))
         return
-    half, piece = x.shape[-1] // 2, CPU_PIECE if x.is_cpu else PIECE
-    for begin in range(0, x.shape[1], piece):
-        one = slice(begin, begin + piece)
+    half, chunk = x.shape[-1] // 2, CPU_ROPE_CHUNK if x.is_cpu else ROPE_CHUNK
+    for begin in range(0, x.shape[1], chunk):
+        one = slice(begin, begin + chunk)
         out[:, one, :, :half], out[:, one, :, half:] = _halves(x[:, one], cos[:, one], sin[:, one])
 
 

@@ -1,9 +1,8 @@
-"""One interleaved sequence as ordered segments whose spans are known because they were built, never searched
-for.
+"""One interleaved sequence of text and visual segments, in order.
 
-Visual segments store their two marker tokens first, then the visual tokens: attention inside such a block is
-all to all, so order does not matter once rope is applied, and "which expert" becomes a slice at index 2.
-This module knows nothing of positions (rope.py), embeddings (model.py) or text (prompts.py).
+Visual segments store their two marker tokens first, then the visual tokens. Attention inside such a block is
+all to all, so order does not matter once rope is applied, and the split between the experts is a slice at
+index 2. Positions are in rope.py, embeddings in dual_expert.py, text in prompts.py.
 """
 
 from __future__ import annotations
@@ -11,8 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from typing import ClassVar, NamedTuple, TypeAlias, TypeGuard
 
+import torch
 from torch import Tensor
+
+from ..config import Grid
 
 MARKERS = 2  # start and end marker of a visual segment
 
@@ -21,46 +24,98 @@ class Kind(Enum):
     """What a segment is made of; decides its expert and whether attention inside is causal."""
 
     TEXT = "text"  # understanding expert, causal
-    SEEN = "seen"  # ViT embeddings: understanding expert, all to all
+    VIT = "vit"  # embeddings of a picture or clip: understanding expert, all to all
     CLEAN = "clean"  # latents of a reference at timestep 0: generation expert, all to all
     TARGET = "target"  # the noisy latents: generation expert, all to all
 
 
 class Role(Enum):
-    """Why a segment is there; decides rope offsets and what the unconditional sequence leaves out."""
+    """Why a segment is there; decides rope offsets and what the unconditional branch leaves out."""
 
     TEMPLATE = "template"
     CAPTION = "caption"
     SOURCE = "source"  # of an edit
     SUBJECT = "subject"  # reference of a subject task
-    QUESTION = "question"  # seen by an understanding task
+    QUESTION = "question"  # the picture or clip an understanding task asks about
     TARGET = "target"
 
 
-@dataclass(frozen=True, eq=False)
-class Segment:
-    """One block.
+class Branch(Enum):
+    """The two passes of classifier-free guidance, in the order they are planned and stored."""
 
-    ids: text tokens (empty for visual segments).
-    grid: (t, h, w) visual tokens: merged ViT patches or latent cells (None for text).
-    data: ViT embeddings [n, hidden] or normalised latents [t, h, w, channels]; None for text and the target.
+    CONDITIONAL = "conditional"
+    UNCONDITIONAL = "unconditional"
+
+
+@dataclass(frozen=True, eq=False)
+class TextSegment:
+    """Text tokens."""
+
+    kind: ClassVar[Kind] = Kind.TEXT
+    role: Role
+    ids: tuple[int, ...]
+
+    @property
+    def length(self) -> int:
+        """Number of tokens."""
+        return len(self.ids)
+
+
+@dataclass(frozen=True, eq=False)
+class VisualSegment:
+    """A picture or clip in the context: two markers, then its visual tokens.
+
+    kind: VIT or CLEAN.
+    grid: (t, h, w) visual tokens, merged ViT patches or latent cells.
+    data: ViT embeddings [t * h * w, hidden], or normalised latents [t, h, w, 48].
     """
 
     kind: Kind
     role: Role
-    ids: tuple[int, ...] = ()
-    grid: tuple[int, int, int] | None = None
-    data: Tensor | None = field(default=None, repr=False)
+    grid: Grid
+    data: Tensor = field(repr=False)
 
     @property
     def visual(self) -> int:
         """Number of visual tokens, markers not counted."""
-        return 0 if self.grid is None else self.grid[0] * self.grid[1] * self.grid[2]
+        return self.grid[0] * self.grid[1] * self.grid[2]
 
     @property
     def length(self) -> int:
         """Number of tokens, markers included."""
-        return len(self.ids) if self.grid is None else self.visual + MARKERS
+        return self.visual + MARKERS
+
+
+@dataclass(frozen=True, eq=False)
+class TargetSegment:
+    """The noisy latents that are denoised: two markers, then `grid` (t, h, w) latent cells."""
+
+    kind: ClassVar[Kind] = Kind.TARGET
+    role: ClassVar[Role] = Role.TARGET
+    grid: Grid
+
+    @property
+    def visual(self) -> int:
+        """Number of latent tokens, markers not counted."""
+        return self.grid[0] * self.grid[1] * self.grid[2]
+
+    @property
+    def length(self) -> int:
+        """Number of tokens, markers included."""
+        return self.visual + MARKERS
+
+
+Segment: TypeAlias = TextSegment | VisualSegment  # what a context is made of
+
+
+def is_clean(segment: Segment | TargetSegment) -> TypeGuard[VisualSegment]:
+    """Whether a segment is a reference's clean latent."""
+    return segment.kind is Kind.CLEAN
+
+
+def clean_latents(segments: Iterable[Segment]) -> list[VisualSegment]:
+    """The references' clean latents among segments, in order."""
+    return [s for s in segments if is_clean(s)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,13 +126,14 @@ class Sequence:
     """
 
     context: tuple[Segment, ...]
-    target: Segment | None
+    target: TargetSegment | None
     start: int
     end: int
     pad: int
 
     @property
-    def segments(self) -> tuple[Segment, ...]:
+    def segments(self) -> tuple[Segment | TargetSegment, ...]:
+        """The context, and the target where there is one."""
         return self.context if self.target is None else (*self.context, self.target)
 
     @property
@@ -91,16 +147,17 @@ class Sequence:
 
     def with_caption(self, ids: Iterable[int]) -> Sequence:
         """The same with another caption (a negative prompt) in place of this one."""
-        caption = Segment(Kind.TEXT, Role.CAPTION, tuple(ids))
+        caption = TextSegment(Role.CAPTION, tuple(ids))
         return replace(self, context=tuple(caption if s.role is Role.CAPTION else s for s in self.context))
 
     def token_ids(self) -> list[int]:
         """Every token in reading order, pads in place."""
         ids: list[int] = []
         for segment in self.segments:
-            ids += (
-                segment.ids if segment.grid is None else (self.start, *[self.pad] * segment.visual, self.end)
-            )
+            if isinstance(segment, TextSegment):
+                ids += segment.ids
+            else:
+                ids += (self.start, *[self.pad] * segment.visual, self.end)
         return ids
 
     @property
@@ -112,14 +169,25 @@ class Sequence:
         return next((i for i in matches if self.context[i].length == self.target.length), None)
 
 
-def merge_text(segments: Iterable[Segment]) -> list[list[Segment]]:
-    """Groups of segments that one pass can run: neighbouring text together, every visual block alone."""
-    groups: list[list[Segment]] = []
-    for segment in segments:
+class Placed(NamedTuple):
+    """A context segment and its rope positions, int64 [3, length]."""
+
+    segment: Segment
+    position: Tensor
+
+
+def merge_text(placed: Iterable[Placed]) -> list[Placed]:
+    """The segments as passes run them: neighbouring text as one, every visual segment alone, empty text left
+    out.
+    """
+    merged: list[Placed] = []
+    for segment, position in placed:
         if segment.length == 0:
             continue
-        if groups and segment.kind is Kind.TEXT and groups[-1][-1].kind is Kind.TEXT:
-            groups[-1].append(segment)
+        last = merged[-1].segment if merged else None
+        if isinstance(segment, TextSegment) and isinstance(last, TextSegment):
+            joined = torch.cat([merged[-1].position, position], dim=1)
+            merged[-1] = Placed(TextSegment(last.role, last.ids + segment.ids), joined)
         else:
-            groups.append([segment])
-    return groups
+            merged.append(Placed(segment, position))
+    return merged

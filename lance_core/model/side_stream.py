@@ -12,7 +12,7 @@ import torch
 from ..errors import RequestError
 
 
-class Side:
+class SideStream:
     """Work on a CUDA stream of its own, which goes first where both lines want the device: one piece at a
     time, `start`, then `result`.
 

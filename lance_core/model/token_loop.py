@@ -35,14 +35,14 @@ class TokenLoop:
 
     def __init__(self, model: DualExpert, context: Context, position: int, fixed: bool = False) -> None:
         self.model, self.context, self.fixed = model, context, fixed
-        self.room = context.prefix.stop - context.prefix.start - context.filled[None]
+        self.room = context.prefix.free
         self.done, device = 0, model.device
         at = torch.arange(position, position + max(self.room, 1)).expand(3, -1)
         self.cos, self.sin = (t[:, None] for t in rope.tables(at, model.config, device))  # [room, 1, width]
         if fixed:
             self.token = torch.zeros(1, 1, dtype=torch.long, device=device)
             self.step = torch.zeros(1, dtype=torch.long, device=device)
-            self.slot = torch.full((1,), context.prefix.start + context.filled[None], device=device)
+            self.slot = torch.full((1,), context.prefix.end, device=device)
             bias = torch.full((1, 1, 1, context.prefix.stop), float("-inf"), device=device, dtype=model.dtype)
             self.bias = bias.index_fill_(-1, torch.arange(int(self.slot), device=device), 0)
             for buffer in (*context.keys, *context.values):  # a masked NaN would still be one
@@ -69,13 +69,13 @@ class TokenLoop:
             else:
                 graph, logits = self.recorded
                 graph.replay()
-            self.context.filled[None] += 1
+            self.context.prefix.filled += 1
         self.done += 1
         return logits
 
     def _plain(self, token: int) -> Tensor:
         model, i = self.model, self.done
-        with self.context.extend(None, 1, True, model.attention) as attend:
+        with self.context.extend(self.context.prefix, 1, True, model.attention) as attend:
             hidden, _ = run_layers(
                 model.und.layers,
                 None,

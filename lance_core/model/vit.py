@@ -25,7 +25,7 @@ from .rope import rotate_into, trained_frequencies
 
 RMS_EPS = 1e-6
 ROPE_THETA = 10_000.0
-PIECE = (
+VIT_ROPE_CHUNK = (
     8192  # patches rotated at once, and a frame at least: their float32 copies are larger than anything else
 )
 
@@ -44,7 +44,7 @@ class WindowClass:
 
 
 @dataclass(frozen=True)
-class Layout:
+class PatchOrder:
     """One grid's patches in the order the blocks work on: frame by frame, inside a frame windows of equal
     size together.
 
@@ -118,13 +118,13 @@ class SelfAttention(nn.Module):
         )
         self.proj = ops.Linear(config.hidden_size, config.hidden_size, bias=True, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor, layouts: Sequence[Layout], full: bool) -> Tensor:
+    def forward(self, x: Tensor, layouts: Sequence[PatchOrder], full: bool) -> Tensor:
         """x: [n, hidden], the grids of `layouts` one after the other. Returns the same shape."""
         parts = self.qkv(x).split([g.grid[0] * g.frame for g in layouts])
         mixed = [self._mix(part, layout, full) for part, layout in zip(parts, layouts, strict=True)]
         return self.proj(mixed[0] if len(mixed) == 1 else torch.cat(mixed))
 
-    def _mix(self, qkv: Tensor, layout: Layout, full: bool) -> Tensor:
+    def _mix(self, qkv: Tensor, layout: PatchOrder, full: bool) -> Tensor:
         frames = qkv.view(layout.grid[0], layout.frame, 3, self.heads, -1)
         v = frames[:, :, 2]
         q, k = (self._rotated(frames[:, :, i], layout) for i in range(2))
@@ -140,10 +140,10 @@ class SelfAttention(nn.Module):
         return mixed.flatten(0, 1)
 
     @staticmethod
-    def _rotated(x: Tensor, layout: Layout) -> Tensor:
+    def _rotated(x: Tensor, layout: PatchOrder) -> Tensor:
         """Heads [frames, n, heads, width] by the rope of their places."""
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        count = max(1, PIECE // layout.frame)
+        count = max(1, VIT_ROPE_CHUNK // layout.frame)
         for part, place in zip(x.split(count), out.split(count), strict=True):
             rotate_into(place, part, layout.cos, layout.sin)
         return out
@@ -176,7 +176,7 @@ class Block(nn.Module):
         self.attn = SelfAttention(config, ops, attention, device, dtype)
         self.mlp = MLP(config, ops, device, dtype)
 
-    def forward(self, x: Tensor, layouts: Sequence[Layout]) -> Tensor:
+    def forward(self, x: Tensor, layouts: Sequence[PatchOrder]) -> Tensor:
         x.add_(self.attn(self.norm1(x), layouts, self.full))
         return x.add_(self.mlp(self.norm2(x)))
 
@@ -296,7 +296,7 @@ class VisionTower(nn.Module):
             MediaError: patches and grids do not fit each other or this tower.
         """
         sizes = self._check(patches, grids)
-        known: dict[Grid, Layout] = {}  # references of one size share a layout
+        known: dict[Grid, PatchOrder] = {}  # references of one size share a layout
         for grid in sizes:
             if grid not in known:
                 known[grid] = self.layout(grid, patches.device)
@@ -310,7 +310,7 @@ class VisionTower(nn.Module):
                 progress(done, len(self.blocks))
         return self._reorder(self.merger(x), layouts, 1, inverse=True)
 
-    def layout(self, grid: Grid, device: torch.device | str = "cpu") -> Layout:
+    def layout(self, grid: Grid, device: torch.device | str = "cpu") -> PatchOrder:
         """The order of a grid's patches inside the blocks, and their rope."""
         _, h, w = grid
         merge = self.config.spatial_merge_size
@@ -321,7 +321,7 @@ class VisionTower(nn.Module):
         rows = (order // (w // merge) * merge)[:, None] + inside // merge
         cols = (order % (w // merge) * merge)[:, None] + inside % merge
         angles = rope_angles(rows.flatten(), cols.flatten(), self.head_dim)[None]
-        return Layout(
+        return PatchOrder(
             grid,
             order.to(device),
             order.argsort().to(device),
@@ -330,7 +330,7 @@ class VisionTower(nn.Module):
             angles.sin().to(device=device),
         )
 
-    def _reorder(self, x: Tensor, layouts: Sequence[Layout], unit: int, inverse: bool) -> Tensor:
+    def _reorder(self, x: Tensor, layouts: Sequence[PatchOrder], unit: int, inverse: bool) -> Tensor:
         """Permute the merge groups (`unit` rows of x each) inside every frame, or put them back."""
         groups = [g.grid[0] * len(g.order) for g in layouts]
         parts = x.view(-1, unit, x.shape[-1]).split(groups)

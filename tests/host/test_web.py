@@ -186,7 +186,7 @@ def test_the_scripts_sizes_are_the_cores():
 def test_the_scripts_memory_is_the_released_models():
     torch = pytest.importorskip("torch")
     from lance_core.config import RELEASED_LLM as LLM
-    from lance_core.model.decoder import PIECE
+    from lance_core.model.decoder import FEED_CHUNK
     from lance_core.model.dual_expert import Generation, Understanding
 
     def constant(name: str) -> float:
@@ -206,7 +206,7 @@ def test_the_scripts_memory_is_the_released_models():
     assert constant("ROTATING") == 8 * queries
     assert constant("FEEDING") == 4 * LLM.hidden_size * 2
     assert constant("PER_PIECE_TOKEN") == 2 * 2 * LLM.intermediate_size
-    assert constant("PIECE") == PIECE
+    assert constant("PIECE") == FEED_CHUNK
 
 
 def test_the_script_makes_no_html():
