@@ -13,8 +13,7 @@ import torch
 from benching import CHECKPOINT, options, tiny
 from torch.utils.flop_counter import FlopCounterMode
 
-from lance_core.bench import cost as cost
-from lance_core.bench import device, measure
+from lance_core.bench import cost, device, measure, speed
 from lance_core.bench import run as bench_run
 from lance_core.bench.case import case_of, noise
 from lance_core.bench.device import Meter, cut_layers, materialise
@@ -344,7 +343,7 @@ def test_a_cut_model_is_extrapolated_and_says_so():
 
 def test_both_experts_are_compiled_if_asked(monkeypatch):
     seen = []
-    monkeypatch.setattr(bench_run, "check_compiler", lambda device: seen.append(str(device)))
+    monkeypatch.setattr(speed, "check_compiler", lambda device: seen.append(str(device)))
     monkeypatch.setattr(measure, "compile_layers", lambda module: (seen.append(type(module)), module)[1])
     result = bench_run.run(tiny("--compile", "--skip", "vit", "encode", "decode", "token", "prefill"))
     assert (
@@ -373,7 +372,7 @@ def test_layers_are_cut_to_what_memory_holds(monkeypatch):
 
 
 def test_parts_a_checkpoint_lacks_are_left_out(monkeypatch):
-    monkeypatch.setattr(bench_run, "_config", lambda name: replace(CONFIG, vit=None, vae=None))
+    monkeypatch.setattr(speed, "_config", lambda name: replace(CONFIG, vit=None, vae=None))
     result = bench_run.run(tiny("--dtype", "float32"))
     assert set(result["cases"][0]["measures"]) == {"prefill_text", "step", "step_unguided", "token"}
 

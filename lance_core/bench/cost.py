@@ -3,7 +3,7 @@ alone.
 
 Multiplications and additions count one each. Only matrix products, convolutions and attention are counted;
 attention is a rectangle of queries by keys, causal or not. Bytes are each weight and each cached key and
-value once: what a pass must read however well it is written. Nothing is measured here; bench.py sets times
+value once: what a pass must read however well it is written. Nothing is measured here; measure.py sets times
 against these numbers.
 """
 

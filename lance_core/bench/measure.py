@@ -1,15 +1,14 @@
-"""Measuring the passes of one request after the other: building random models, timing, setting times against
-what must be.
+"""Measuring the passes of one request after the other: random models, times, and times against what must be.
 
-bench.py and bench_suite.py decide what is measured; bench_cost.py says what each pass must cost,
-bench_baseline.py and bench_vae.py hold the procedure compared with.
+speed.py and suite.py decide what is measured; cost.py says what each pass must cost, released_decoder.py and
+released_vae.py hold the procedure compared with.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -30,18 +29,17 @@ from ..model.token_loop import TokenLoop
 from ..model.vit import VisionTower
 from ..text_generation import Chooser
 from ..vae.wan import WanVAE
-from . import cost as cost
-from .case import Case, noise
-from .device import Meter, Peak, cut_layers, free_memory, materialise, rates, synchronize
+from . import cost
+from .case import Case, noise, vae_of, vit_of
+from .device import Meter, Peak, Stopwatch, cut_layers, free_memory, materialise, rates
 from .profile import profile
 from .released_decoder import Baseline
 from .released_vae import BaselineVAE
 
-MEASURES = ("step", "prefill", "token", "vit", "encode", "decode")
-DECODER = ("step", "prefill", "token")
 STEPS = 30  # of the released schedule
 # seconds: passes that must take so long are timed one at a time, waiting for the device being nothing to them
 LONG = 0.1
+Price = Callable[[LLMConfig], cost.Cost]
 
 
 @dataclass(frozen=True)
@@ -119,18 +117,24 @@ class Bench:
     def decoder(self, layers: int, generation: bool = True) -> DualExpert:
         """Both experts (or understanding alone), `layers` deep, with random weights."""
         llm = replace(self.config.llm, num_layers=layers)
-        experts: list[nn.Module | None] = [None, None]
-        for i, kind in enumerate((Understanding, Generation)[: 1 + generation]):
-            self.say("making random weights", i, 2)
-            expert = materialise(join(kind(llm, device="meta")), self.device, self.dtype)
-            experts[i] = compile_layers(expert) if self.compile else expert
+
+        def expert(done: int, kind: Callable[..., nn.Module]) -> Any:
+            self.say("making random weights", done, 2)
+            made = materialise(join(kind(llm, device="meta")), self.device, self.dtype)
+            return compile_layers(made) if self.compile else made
+
+        und, gen = expert(0, Understanding), expert(1, Generation) if generation else None
         self.say("making random weights", 2, 2)
-        return DualExpert(llm, *experts, dtype=self.dtype, device=self.device, side=self.side)
+        return DualExpert(llm, und, gen, dtype=self.dtype, device=self.device, side=self.side)
 
     def tower(self, part: str) -> nn.Module:
         """The "vit" or the "vae" with random weights."""
-        kind = {"vit": VisionTower, "vae": WanVAE}[part]
-        return materialise(kind(getattr(self.config, part), device="meta"), self.device, self.dtype)
+        tower: nn.Module
+        if part == "vit":
+            tower = VisionTower(vit_of(self.config), device="meta")
+        else:
+            tower = WanVAE(vae_of(self.config), device="meta")
+        return materialise(tower, self.device, self.dtype)
 
     # -- measuring -------------------------------------------------------------------------------------------
 
@@ -147,76 +151,78 @@ class Bench:
         """Those of DECODER that are wanted. unguided: a guided case's steps without guidance, too."""
         llm, size = model.config, self.dtype.itemsize
         sequence, plan = self.planned(case)
-        shared, rests = plan.lengths
-        contexts = [shared + n for n in rests]
         versions: dict[str, DualExpert | Baseline] = {"ours": model}
         if self.baseline:
             versions["baseline"] = Baseline(model)
         if extrapolate and llm.num_layers < self.config.llm.num_layers:
             versions["no_layers"] = cut_layers(model, 0)
-        meter, out = Meter(self.device, self.repeat, self.budget), {}
+        meter, out = self._meter(), {}
 
-        def measure(
-            name: str,
-            price: Callable[[LLMConfig], cost.Cost],
-            setup: Callable[[Any, int], Callable[[], object]],
-        ) -> None:
+        def measure(name: str, price: Price, setup: Callable[[Any, int], Callable[[], object]]) -> None:
             """setup: (version, how many to run a call) -> what is timed."""
             self.say(f"{case.label}: {name}", 0, 1)
-            count = 1 if limit(price(llm), speed) > LONG or name.startswith("prefill") else meter.chunk
-            timed = meter({key: lambda v=v: setup(v, count) for key, v in versions.items()}, count)
-            out[name] = self._decoder_entry(timed, price, llm, speed) | self._profiled(
-                lambda: setup(model, 1)
-            )
+            alone = name.startswith("prefill") or limit(price(llm), speed) > LONG
+            count = 1 if alone else meter.chunk
+            timed = meter({key: partial(setup, v, count) for key, v in versions.items()}, count)
+            entry = self._decoder_entry(timed, price, llm, speed)
+            out[name] = entry | self._profiled(partial(setup, model, 1))
             self.say(f"{case.label}: {name}", 1, 1)
 
         if "prefill" in wanted:
-            name = "prefill_edit" if case.edit else "prefill_text"
             measure(
-                name, lambda c: cost.prefill(c, plan, size), lambda v, _: lambda: _prefill(v, sequence, plan)
+                "prefill_edit" if case.edit else "prefill_text",
+                lambda c: cost.prefill(c, plan, size),
+                lambda version, _: partial(_prefill, version, sequence, plan),
             )
-        if "step" in wanted:
-            for name, guided in (("step", case.guidance), ("step_unguided", False)):
-                if name == "step_unguided" and not (case.guidance and unguided):
-                    continue
-                measure(
-                    name,
-                    lambda c, guided=guided: cost.step(
-                        c, case.grid, contexts[: 1 + guided], case.batch, size
-                    ),
-                    lambda v, count, guided=guided: self._steps(v, sequence, plan, case, guided, count),
-                )
+        steps = {"step": case.guidance} if "step" in wanted else {}
+        if steps and case.guidance and unguided:
+            steps["step_unguided"] = False
+        for name, guided in steps.items():
+            step = partial(self._steps, sequence=sequence, plan=plan, case=case, guided=guided)
+            measure(name, partial(self.step_cost, case=case, plan=plan, guided=guided), step)
         if "token" in wanted:
             question = case.question(self.config)
             length = sum(s.length for s in question.context)
+            room = meter.calls * meter.chunk
             measure(
                 "token",
                 lambda c: cost.token(c, length, size),
-                lambda v, count: self._tokens(v, question, meter.calls * count, count),
+                partial(self._tokens, question=question, room=room),
             )
         return out
+
+    def _meter(self) -> Meter:
+        return Meter(self.device, self.repeat, self.budget)
 
     def planned(self, case: Case) -> tuple[Sequence, Plan]:
         """A generation case's sequence and how its contexts are computed."""
         sequence = case.sequence(self.config)
         return sequence, Plan.of(sequence, self.config.tokens_per_second, case.guidance)
 
+    def step_cost(self, llm: LLMConfig, case: Case, plan: Plan, guided: bool) -> cost.Cost:
+        """What a denoising step must cost."""
+        contexts = [plan.lengths[0] + rest for rest in plan.lengths[1]]
+        used = contexts if guided else contexts[:1]
+        return cost.step(llm, case.grid, used, case.batch, self.dtype.itemsize)
+
     def _start(self, case: Case) -> Tensor:
         return noise(case.batch, *case.grid, LATENT_CHANNELS).to(self.device)
 
     def _steps(
-        self, version: Any, sequence: Sequence, plan: Plan, case: Case, guided: bool, count: int
+        self, version: Any, count: int, sequence: Sequence, plan: Plan, case: Case, guided: bool
     ) -> Callable[[], Tensor]:
         """`count` denoising steps, guidance, renorm and solver included."""
         x, prepared = self._start(case), _prefill(version, sequence, plan)
         times, guidance = schedule(STEPS)[: count + 1], Guidance() if guided else Guidance(1.0)
         if isinstance(version, Baseline):
-            return lambda: version.denoise(prepared, sequence, x, times, guidance)
-        return lambda: denoise(version, prepared, x, times, guidance)
+            return partial(version.denoise, prepared, sequence, x, times, guidance)
+        return partial(denoise, version, prepared, x, times, guidance)
 
-    def _tokens(self, version: Any, question: Sequence, room: int, count: int) -> Callable[[], None]:
+    def _tokens(self, version: Any, count: int, question: Sequence, room: int) -> Callable[[], None]:
         """`count` tokens decoded greedily, each going on from where the last call stopped."""
         rate = self.config.tokens_per_second
+        following: Callable[[Any], Tensor]
+        choose: Callable[[Tensor], Any]
         if isinstance(version, Baseline):
             state, logits = version.read(question, rate)
             following, choose = version.following(state), lambda logits: int(logits.argmax())
@@ -224,7 +230,7 @@ class Bench:
             context, logits, position = version.read(question, rate, room)
             following = TokenLoop(version, context, position, self.compile and self.device.type == "cuda")
             choose = Chooser(0.0, 1.0, 0)
-        token = choose(logits)
+        token: Any = choose(logits)
 
         def decode() -> None:
             nonlocal token
@@ -236,51 +242,31 @@ class Bench:
     def picture(self, name: str, case: Case, model: Any, speed: dict[str, Any]) -> dict[str, Any]:
         """ "vit", or the VAE's "encode" or "decode"."""
         self.say(f"{case.label}: {name}", 0, 1)
-        x, price = self._picture_input(name, case), self.picture_cost(name, case)
+        x = noise(*case.input_shape(name, self.config)).to(self.device, self.dtype)
+        if name == "encode":
+            x.clamp_(-1, 1)
         calls: dict[str, Callable[[], object]] = {
-            "ours": lambda: model(x, [case.seen]) if name == "vit" else getattr(model, name)(x)
+            "ours": partial(model, x, [case.seen]) if name == "vit" else partial(getattr(model, name), x)
         }
         if self.baseline and name != "vit":
-            slow = BaselineVAE(model)
-            calls["baseline"] = lambda: getattr(slow, name)(x)
-        timed = Meter(self.device, self.repeat, self.budget)(
-            {key: lambda call=call: call for key, call in calls.items()}
-        )
-        entry = timed["ours"] | against(price, timed["ours"]["seconds"], speed)
+            calls["baseline"] = partial(getattr(BaselineVAE(model), name), x)
+        timed = self._meter()({key: partial(lambda call: call, call) for key, call in calls.items()})
+        entry = timed["ours"] | against(self.picture_cost(name, case), timed["ours"]["seconds"], speed)
         if "baseline" in timed:
             entry["baseline"] = _ratio(timed["baseline"], entry)
-        entry |= self._profiled(lambda: calls["ours"])
         self.say(f"{case.label}: {name}", 1, 1)
-        return entry
+        return entry | self._profiled(lambda: calls["ours"])
 
     def _profiled(self, setup: Callable[[], Callable[[], object]]) -> dict[str, Any]:
         """What of ours the time goes to, if that was asked for."""
         return {"profile": profile(setup(), self.device)} if self.profile else {}
 
-    def _picture_input(self, name: str, case: Case) -> Tensor:
-        if name == "vit":
-            c = self.config.vit
-            shape = (
-                case.seen[0] * case.seen[1] * case.seen[2],
-                c.in_channels * c.temporal_patch_size * c.patch_size**2,
-            )
-        else:
-            shape = (
-                (1, LATENT_CHANNELS, *case.grid)
-                if name == "decode"
-                else (1, 3, case.frames, case.height, case.width)
-            )
-        x = noise(*shape).to(self.device, self.dtype)
-        return x.clamp_(-1, 1) if name == "encode" else x
-
     def picture_cost(self, name: str, case: Case) -> cost.Cost:
         """What `picture` must cost."""
         size = self.dtype.itemsize
-        return (
-            cost.vit(self.config.vit, case.seen, size)
-            if name == "vit"
-            else cost.vae(self.config.vae, case.grid, name == "decode", size)
-        )
+        if name == "vit":
+            return cost.vit(vit_of(self.config), case.seen, size)
+        return cost.vae(vae_of(self.config), case.grid, name == "decode", size)
 
     def whole(self, case: Case, model: DualExpert) -> dict[str, Any]:
         """All 30 steps in one run, each looked at: does anything grow on the way?
@@ -291,24 +277,22 @@ class Bench:
         sequence, plan = self.planned(case)
         prepared, x, memory = _prefill(model, sequence, plan), self._start(case), Peak(self.device)
         times, guidance = schedule(STEPS), Guidance() if case.guidance else Guidance(1.0)
-        ends: list[float] = []
+        steps: list[float] = []
         used: list[int | None] = []
         made: list[int] = []
 
         def step(i: int, total: int, _: Tensor) -> None:
-            synchronize(self.device)
-            ends.append(time.perf_counter())
+            steps.append(watch.lap())
             used.append(memory.now())
             if self.device.type == "cuda":
                 made.append(torch.cuda.memory_stats(self.device)["allocation.all.allocated"])
             self.say(f"{case.label}: {STEPS} steps", i, total)
 
-        synchronize(self.device)
-        began = time.perf_counter()
+        watch = Stopwatch(self.device)
         denoise(model, prepared, x, times, guidance, callback=step)
         return {
-            "seconds": ends[-1] - began,
-            "steps": [end - start for start, end in pairwise([began, *ends])],
+            "seconds": sum(steps),
+            "steps": steps,
             "guided": [guidance.applies(t) for t in times[:-1]],
             "memory_bytes": used,
             "allocations": [b - a for a, b in pairwise(made)] or None,
@@ -317,11 +301,7 @@ class Bench:
     # -- putting together ------------------------------------------------------------------------------------
 
     def _decoder_entry(
-        self,
-        timed: dict[str, Any],
-        price: Callable[[LLMConfig], cost.Cost],
-        llm: LLMConfig,
-        speed: dict[str, Any],
+        self, timed: dict[str, Any], price: Price, llm: LLMConfig, speed: dict[str, Any]
     ) -> dict[str, Any]:
         entry = timed["ours"] | against(price(llm), timed["ours"]["seconds"], speed)
         full = self.config.llm
@@ -354,20 +334,16 @@ class Bench:
         def total(key: Callable[[dict[str, Any]], float]) -> float:
             return guided * key(with_) + (STEPS - guided) * key(without)
 
-        seconds, bound, flops = (
-            total(lambda m, key=key: m[key]) for key in ("seconds", "limit_seconds", "flops")
-        )
-        matmul = total(lambda m: m["share_of_matmul"] * m["seconds"])
-        entry = {
+        seconds = total(lambda m: m["seconds"])
+        bound = total(lambda m: m["limit_seconds"])
+        entry: dict[str, Any] = {
             "steps": STEPS,
             "guided_steps": guided,
             "seconds": seconds,
-            "flops": flops,
+            "flops": total(lambda m: m["flops"]),
             "limit_seconds": bound,
-        }
-        entry |= {
             "share_of_limit": bound / seconds,
-            "share_of_matmul": matmul / seconds,
+            "share_of_matmul": total(lambda m: m["share_of_matmul"] * m["seconds"]) / seconds,
             "extrapolated": extrapolated,
         }
         if "baseline" in with_:
