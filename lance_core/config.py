@@ -31,7 +31,10 @@ Grid = tuple[int, int, int]  # (frames, rows, columns) of latent cells
 
 @dataclass(frozen=True)
 class SamplingDefaults:
-    """How the released code samples when nothing is said. cfg_interval: guidance applies while low < t <= high."""
+    """How the released code samples when nothing is said.
+
+    cfg_interval: guidance applies while low < t <= high.
+    """
 
     steps: int = 30
     shift: float = 3.5

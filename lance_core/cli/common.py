@@ -130,16 +130,19 @@ def check_target(path: str | os.PathLike) -> Path:
     """A file that is to be written, refused before any work if it could not be.
 
     Raises:
-        RequestError: no such folder, one that cannot be written, a name too long, or a target that is no regular
-            file or cannot be replaced.
+        RequestError: no such folder, one that cannot be written, a name too long, or a target that is no
+            regular file or cannot be replaced.
     """
     target = Path(path)
     folder = target.absolute().parent
     try:
         if not folder.is_dir():
             raise RequestError(f"{target}: the folder {target.parent} does not exist; make it first")
-        if target.exists():
-            mode = target.stat().st_mode
+        try:
+            mode = os.stat(target).st_mode
+        except FileNotFoundError:
+            mode = None
+        if mode is not None:
             if stat.S_ISDIR(mode):
                 raise RequestError(f"{target} is a folder; name a file in it")
             if not stat.S_ISREG(mode):

@@ -36,7 +36,9 @@ def add_commands(commands: Any) -> None:
     shrink = commands.add_parser("convert", help="write a checkpoint as one file, smaller if wanted")
     shrink.add_argument("source", metavar="SRC", help="checkpoint folder or file")
     shrink.add_argument("target", metavar="DST", help="the .safetensors file to write")
-    text = "what both experts are kept in; below 16 bits only their middle layers' matrices are, the rest is bf16"
+    text = (
+        "what both experts are kept in; below 16 bits only the middle layers' matrices are, the rest is bf16"
+    )
     shrink.add_argument(
         "--dtype", choices=STORED_DTYPES, default="bf16", help=f"{text}; default: %(default)s"
     )

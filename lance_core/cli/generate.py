@@ -31,8 +31,8 @@ TASK_HELP = {
     "x2t_image": "answer a question about a picture",
     "x2t_video": "answer a question about a clip",
 }
-OPTIONS = ("width", "height", "steps", "shift", "cfg", "cfg_interval", "renorm", "renorm_min", "seed")
-OPTIONS += ("negative_prompt", "system_prompt", "resolution")
+OPTIONS = ["width", "height", "steps", "shift", "cfg", "cfg_interval", "renorm", "renorm_min", "seed"]
+OPTIONS += ["negative_prompt", "system_prompt", "resolution"]
 
 
 def add_commands(commands: Any) -> None:
@@ -120,7 +120,7 @@ def default_output(task: Task) -> str:
 
 
 def _checked_output(args: argparse.Namespace, task: Task) -> Path:
-    """The file to write; it and all that go with it are refused before any work if they could not be written."""
+    """The file to write; it and all beside it are refused before any work if they could not be written."""
     from ..inputs import media
 
     output = Path(args.output or default_output(task))
@@ -170,14 +170,14 @@ def _understand(args: argparse.Namespace, task: Task, lance: Lance, bars: Bars) 
 def _generate(args: argparse.Namespace, task: Task, lance: Lance, output: Path, bars: Bars) -> dict[str, Any]:
     options = {key: getattr(args, key) for key in OPTIONS if hasattr(args, key)}
     options |= {"batch_size": args.batch, "num_frames": getattr(args, "frames", None)}
-    source = {task.takes: getattr(args, task.takes)} if task.takes else {}
+    source: dict[str, Any] = {task.takes: getattr(args, task.takes)} if task.takes else {}
     turns = [args.prompt, *getattr(args, "then", [])]
     written = []
     for turn, prompt in enumerate(turns, 1):
         result = lance.generate(task.name, prompt, **source, **options)
         path = _turn_path(output, turn, len(turns))
         written += _save(result, path, {"turns": turns[:turn]} if len(turns) > 1 else {}, args, bars)
-        source = {task.takes: result.frames[0]}
+        source = {str(task.takes): result.frames[0]}
     return {"task": task.name, "files": written}
 
 

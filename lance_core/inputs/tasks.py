@@ -36,7 +36,7 @@ SYSTEM_PROMPTS = {
     "x2t_image": "Look at the image carefully and answer the question.",
     "x2t_video": "Watch the video carefully and answer the question.",
 }
-"""The instructions the weights were trained with; {vision} is the kind of thing to make, "image" or "video"."""
+"""The instructions the weights were trained with; {vision} is what is made, "image" or "video"."""
 
 MAX_NEW_TOKENS = 4096
 DEFAULT_FRAMES = 50  # of the released command line; lowered to 49

@@ -22,8 +22,18 @@ LLM = config.LLMConfig(32, 64, 2, 4, 2, 8, 288, 1e6, (1, 1, 2), 1e-6)
 VIT = config.ViTConfig(1, 16, 20, 2, 32, fullatt_block_indexes=(0,))
 VAE = config.VAEConfig((8, 8), (8, 8), 1, 1, (True,))
 FOLDER = "m/Lance_3B"
-FILES = [f"{FOLDER}/model.safetensors", f"{FOLDER}/llm_config.json", f"{FOLDER}/tokenizer.json", f"{FOLDER}/vocab.json"]
-FILES += ["m/Qwen2.5-VL-ViT/vit.safetensors", "m/Qwen2.5-VL-ViT/config.json", "m/Wan2.2_VAE.pth", "one.safetensors"]
+FILES = [
+    f"{FOLDER}/model.safetensors",
+    f"{FOLDER}/llm_config.json",
+    f"{FOLDER}/tokenizer.json",
+    f"{FOLDER}/vocab.json",
+]
+FILES += [
+    "m/Qwen2.5-VL-ViT/vit.safetensors",
+    "m/Qwen2.5-VL-ViT/config.json",
+    "m/Wan2.2_VAE.pth",
+    "one.safetensors",
+]
 
 
 def prepare(folder: Path) -> None:

@@ -15,7 +15,14 @@ from PIL import Image
 from lance_core import media
 
 PICTURES = {"png": {}, "jpeg": {}, "gif": {}, "webp": {}, "tiff": {}, "bmp": {}, "avif": {}}
-CLIPS = {"mp4": "libx264", "mkv": "libx264", "webm": "libvpx-vp9", "avi": "mpeg4", "mpegts": "mpeg2video", "mov": "png"}
+CLIPS = {
+    "mp4": "libx264",
+    "mkv": "libx264",
+    "webm": "libvpx-vp9",
+    "avi": "mpeg4",
+    "mpegts": "mpeg2video",
+    "mov": "png",
+}
 NAMES = ["{}", "x.png", "x.jpg", "x.gif", "x.mp4", "x.webm", "x", "x.avif", "x.tiff"]
 
 
@@ -23,7 +30,13 @@ def _pictures() -> dict[str, bytes]:
     """Still and moving pictures, with and without alpha, palettes, EXIF and 16 bits."""
     rng = np.random.default_rng(0)
     rgb = Image.fromarray(rng.integers(0, 256, (24, 32, 3), np.uint8).repeat(1, 0))
-    kinds = {"rgb": rgb, "rgba": rgb.convert("RGBA"), "p": rgb.convert("P"), "l": rgb.convert("L"), "1": rgb.convert("1")}
+    kinds = {
+        "rgb": rgb,
+        "rgba": rgb.convert("RGBA"),
+        "p": rgb.convert("P"),
+        "l": rgb.convert("L"),
+        "1": rgb.convert("1"),
+    }
     kinds["i16"] = Image.fromarray(rng.integers(0, 65536, (24, 32), np.uint16))
     kinds["la"] = rgb.convert("LA")
     frames = [Image.fromarray(np.roll(np.asarray(rgb), i, 1)) for i in range(5)]
@@ -32,11 +45,20 @@ def _pictures() -> dict[str, bytes]:
     found = {}
     for form in PICTURES:
         for kind, image in kinds.items():
-            for options in ({}, {"exif": exif}, {"save_all": True, "append_images": frames[1:], "duration": 80}):
+            for options in (
+                {},
+                {"exif": exif},
+                {"save_all": True, "append_images": frames[1:], "duration": 80},
+            ):
                 buffer = io.BytesIO()
                 try:
                     image.save(buffer, form, **options)
-                except (OSError, KeyError, ValueError, TypeError):  # a mode or an option this format does not have
+                except (
+                    OSError,
+                    KeyError,
+                    ValueError,
+                    TypeError,
+                ):  # a mode or an option this format does not have
                     continue
                 found[f"{kind}_{'_'.join(options)[:8]}.{form}"] = buffer.getvalue()
     return found

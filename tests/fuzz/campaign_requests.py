@@ -17,8 +17,38 @@ import lance_core
 from lance_core.checkpoint import tiny
 from lance_core.inputs.tasks import TASKS
 
-ODD: list[Any] = [None, True, -1, 0, 1, 2.5, 10**400, 2**64, math.nan, math.inf, 1e-320, "", "x", b"x", "\ud83d", "a" * 100_000]
-ODD += [[], [1], (1, 2, 3), {}, {"a": 1}, object(), len, np.int64(3), np.float32(0.5), torch.tensor(1), torch.zeros(2), np.zeros(3)]
+ODD: list[Any] = [
+    None,
+    True,
+    -1,
+    0,
+    1,
+    2.5,
+    10**400,
+    2**64,
+    math.nan,
+    math.inf,
+    1e-320,
+    "",
+    "x",
+    b"x",
+    "\ud83d",
+    "a" * 100_000,
+]
+ODD += [
+    [],
+    [1],
+    (1, 2, 3),
+    {},
+    {"a": 1},
+    object(),
+    len,
+    np.int64(3),
+    np.float32(0.5),
+    torch.tensor(1),
+    torch.zeros(2),
+    np.zeros(3),
+]
 GOOD: dict[str, list[Any]] = {
     "width": [16, 32, 48, 33.0],
     "height": [16, 32, 48],
@@ -60,10 +90,23 @@ def load(folder: Path) -> dict[str, Any]:
     picture = rng.integers(0, 256, (20, 28, 3), np.uint8)
     png = io.BytesIO()
     Image.fromarray(picture).save(png, "png")
-    pictures = [picture, Image.fromarray(picture), torch.from_numpy(picture), picture / 255.0, picture[..., 0], picture[None], png]
+    pictures = [
+        picture,
+        Image.fromarray(picture),
+        torch.from_numpy(picture),
+        picture / 255.0,
+        picture[..., 0],
+        picture[None],
+        png,
+    ]
     clips = [np.stack([picture] * 6), (np.stack([picture] * 9), 12), [picture] * 3]
     lance = lance_core.load(folder / FOLDER.replace("Lance_3B", "Lance_3B_Video"), dtype=torch.float32)
-    return {"lance": lance, "image": pictures, "video": clips, "references": [pictures[:1], pictures[:2], picture]}
+    return {
+        "lance": lance,
+        "image": pictures,
+        "video": clips,
+        "references": [pictures[:1], pictures[:2], picture],
+    }
 
 
 def case(n: int, seed: int, shared: dict[str, Any]) -> None:

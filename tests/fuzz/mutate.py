@@ -9,8 +9,33 @@ import struct
 from typing import Any
 
 NUMBERS = [-(2**63), -1, 0, 1, 2, 3, 255, 2**16, 2**31 - 1, 2**31, 2**62, 2**64, 10**30]
-BLOBS = [b"", b"\x00" * 64, b"\xff" * 64, b"RIFF", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"ftypisom", b"%!PS-Adobe-3.0\n"]
-ODD_JSON = [None, True, -1, 0, 2**31, 2**63, 10**30, 1e308, math.nan, math.inf, "", "x", "F32", "\x00", "../../etc/x"]
+BLOBS = [
+    b"",
+    b"\x00" * 64,
+    b"\xff" * 64,
+    b"RIFF",
+    b"\x89PNG\r\n\x1a\n",
+    b"GIF89a",
+    b"ftypisom",
+    b"%!PS-Adobe-3.0\n",
+]
+ODD_JSON = [
+    None,
+    True,
+    -1,
+    0,
+    2**31,
+    2**63,
+    10**30,
+    1e308,
+    math.nan,
+    math.inf,
+    "",
+    "x",
+    "F32",
+    "\x00",
+    "../../etc/x",
+]
 ODD_JSON += [[], [[]], [-1], [2**62], {}, {"a": {}}, [None] * 50, "(a+)+$", "é" * 300]
 
 
@@ -85,5 +110,9 @@ def damage_header(data: bytes, rng: random.Random) -> bytes:
     for _ in range(rng.choice([1, 1, 2, 4])):
         header = damage_json(header, rng)
     text = json.dumps(header).encode()
-    said = len(text) if rng.random() < 0.9 else rng.choice([0, 1, len(text) - 1, len(text) + 9, 2**40, 2**64 - 1])
+    said = (
+        len(text)
+        if rng.random() < 0.9
+        else rng.choice([0, 1, len(text) - 1, len(text) + 9, 2**40, 2**64 - 1])
+    )
     return struct.pack("<Q", said) + text + data[8 + length :]

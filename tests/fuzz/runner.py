@@ -125,10 +125,16 @@ def _main(campaign: str, seed: int, folder: Path, cases: list[int]) -> None:
         try:
             module.case(case, seed, shared)
         except LanceError as error:
-            outcome, what = ("typed" if len(str(error)) < MESSAGE else "long"), f"{type(error).__name__}: {error}"[:300]
+            outcome, what = (
+                ("typed" if len(str(error)) < MESSAGE else "long"),
+                f"{type(error).__name__}: {error}"[:300],
+            )
         except BaseException as error:  # panics of extension modules are no Exceptions
             where = traceback.extract_tb(error.__traceback__)[-1]
-            outcome, what = "untyped", f"{type(error).__name__}: {str(error)[:200]} at {where.filename}:{where.lineno}"
+            outcome, what = (
+                "untyped",
+                f"{type(error).__name__}: {str(error)[:200]} at {where.filename}:{where.lineno}",
+            )
         if _resident() - before > MEMORY:
             outcome, what = "large", f"{(_resident() - before) / 1e9:.1f} GB; {outcome} {what}"
         out.write(json.dumps({"outcome": outcome, "what": what}) + "\n")
