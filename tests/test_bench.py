@@ -143,7 +143,7 @@ def test_baseline_gives_the_same_velocity_and_result(edit):
     case, sequence, plan = request_of(frames=5, edit=edit, batch=2)
     model = model_of()
     prepared, baseline = model.prefill(plan), Baseline(model)
-    sides = baseline.prefill(sequence, plan)
+    sides = baseline.prefill(plan)
     x, t = noise(1, *case.grid, 48), torch.full((1, case.grid[0]), 0.6)
     both = [baseline.velocity(side, sequence, x, t) for side in sides]
     ours = model.velocity([Row(prepared, b) for b in Branch], torch.cat([x, x]), torch.cat([t, t]))

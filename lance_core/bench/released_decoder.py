@@ -104,12 +104,12 @@ class Baseline:
 
     # -- passes ----------------------------------------------------------------------------------------------
 
-    def prefill(self, sequence: Sequence, plan: Plan) -> list[Side]:
+    def prefill(self, plan: Plan) -> list[Side]:
         """Every branch's whole context, what they share included."""
         sides = []
         for branch, rest in plan.rests.items():
             side = Side([None] * self.config.num_layers, plan.targets.get(branch))
-            self._extend(side, sequence, plan.prefix + rest)
+            self._extend(side, plan.sequence, plan.prefix + rest)
             sides.append(side)
         return sides
 
