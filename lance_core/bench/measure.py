@@ -19,7 +19,8 @@ from ..checkpoint.checkpoint import Progress
 from ..config import LATENT_CHANNELS, LanceConfig, LLMConfig
 from ..errors import RequestError
 from ..inputs import tasks
-from ..model.decoder import FEED_CHUNK, compile_layers, join
+from ..model.compiling import compile_layers
+from ..model.decoder import FEED_CHUNK
 from ..model.denoise import denoise
 from ..model.dual_expert import DualExpert, Generation, Plan, Understanding
 from ..model.sampler import Guidance, schedule
@@ -119,7 +120,7 @@ class Bench:
 
         def expert(done: int, kind: Callable[..., nn.Module]) -> Any:
             self.say("making random weights", done, 2)
-            made = materialise(join(kind(llm, device="meta")), self.device, self.dtype)
+            made = materialise(kind(llm, device="meta"), self.device, self.dtype)
             return compile_layers(made) if self.compile else made
 
         und, gen = expert(0, Understanding), expert(1, Generation) if generation else None
