@@ -8,12 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .checkpoint.checkpoint import Checkpoint, Progress, non_finite
+from .checkpoint.checkpoint import Checkpoint
+from .checkpoint.loading import Progress, non_finite
 from .config import LanceConfig
 from .errors import NumericsError
 from .inputs import preprocess
 from .model.attention import Attention, attention
-from .model.decoder import compile_layers
+from .model.compiling import compile_layers
 from .model.dual_expert import DualExpert, Generation, Understanding
 from .model.sequence import Kind, Role, Segment, VisualSegment
 from .model.side_stream import SideStream

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checkpoint.checkpoint import Checkpoint, Progress
+from .checkpoint.checkpoint import Checkpoint
+from .checkpoint.loading import Progress
 from .components import Components
 from .config import (
     LATENT_CHANNELS,
@@ -28,7 +29,7 @@ from .errors import NumericsError, RequestError
 from .inputs import media, prompts, tasks
 from .inputs.tasks import Task
 from .model.attention import Attention, attention
-from .model.decoder import check_compiler
+from .model.compiling import check_compiler
 from .model.denoise import denoise
 from .model.dual_expert import Plan, Prepared
 from .model.sampler import Guidance, schedule, seeded_noise

@@ -14,7 +14,6 @@ from ..lance_core.checkpoint.checkpoint import MODEL_FILES, Checkpoint, stored_c
 from ..lance_core.checkpoint.tensor_files import SafetensorsFile
 from ..lance_core.errors import CheckpointError
 from ..lance_core.hub import download
-from ..lance_core.model.decoder import join
 from ..lance_core.model.vit import VisionTower
 from . import host, model, quant
 from .types import Lance
@@ -184,7 +183,7 @@ def _patchers(checkpoint: Checkpoint, dtype: str, disable_dynamic: bool = False)
             patcher, module, checkpoint.tensors(which, stored, module=module), checkpoint.count(which, module)
         )
 
-    understanding = join(checkpoint.build("und", ops, dtype=stored, make=quant.make)).eval()
+    understanding = checkpoint.build("und", ops, dtype=stored, make=quant.make).eval()
     und = host.make_patcher(understanding, quant.PatchesInForward, disable_dynamic=disable_dynamic)
     part("und", understanding, und)
     main = model.build(config.llm, stored, compute, und, disable_dynamic, checkpoint.parts["gen"].formats)

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from ..lance_core.checkpoint.quantize import Format, swap
 from ..lance_core.config import LLMConfig
-from ..lance_core.model.decoder import FEED_CHUNK, homes, join
+from ..lance_core.model.decoder import FEED_CHUNK
 from ..lance_core.model.dual_expert import DualExpert, Generation
+from ..lance_core.model.joined import joined_rows
 from . import host, quant
 from .conditioning import ContextShape, Rows, RowsCond, Store, prompt_of
 from .vision import check_latent
@@ -42,9 +43,14 @@ class Denoiser(Generation):
     """The generation expert with the forward ComfyUI's samplers, caches and compilers expect."""
 
     def __init__(
-        self, llm: LLMConfig, dtype: torch.dtype | None = None, device: Any = None, operations: Any = None
+        self,
+        llm: LLMConfig,
+        apart: tuple[str, ...] = (),
+        dtype: torch.dtype | None = None,
+        device: Any = None,
+        operations: Any = None,
     ) -> None:
-        super().__init__(llm, operations, device=device, dtype=dtype)
+        super().__init__(llm, operations, device=device, dtype=dtype, apart=apart)
         self.dtype = dtype
 
     def forward(
@@ -92,14 +98,14 @@ class LanceModel(comfy.model_base.BaseModel):
         super().__init__(
             config, comfy.model_base.ModelType.FLOW, device=torch.device("meta"), unet_model=Denoiser
         )
-        join(swap(self.diffusion_model, formats, quant.make))
+        swap(self.diffusion_model, formats, quant.make)
         self.llm = llm
-        parts = homes(understanding)
+        parts = joined_rows(understanding)
         self.understanding_names = [f"{UND_PREFIX}{name}" for name in (*understanding.state_dict(), *parts)]
         self.homes = {
             f"{UND_PREFIX}{name}": (UND_PREFIX + whole, rows) for name, (whole, rows, _) in parts.items()
         }
-        own = homes(self.diffusion_model)
+        own = joined_rows(self.diffusion_model)
         self.homes |= {
             f"diffusion_model.{name}": (f"diffusion_model.{whole}", rows)
             for name, (whole, rows, _) in own.items()
@@ -318,7 +324,7 @@ def build(
 
     understanding: the patcher of the understanding expert. formats: layers that are kept quantised.
     """
-    config = LanceConfig({"llm": llm})
+    config = LanceConfig({"llm": llm, "apart": tuple(formats or ())})
     config.set_inference_dtype(stored, None if stored == compute else compute)
     config.custom_operations = host.operations(stored, compute)
     model = LanceModel(config, llm, understanding.model, formats or {})

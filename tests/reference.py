@@ -18,7 +18,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """kind: text, seen, clean or target; role: caption, source, subject or anything else."""
+    """kind: text, vit, clean or target; role: caption, source, subject or anything else."""
 
     kind: str
     role: str = ""
@@ -48,7 +48,7 @@ def positions(blocks: list[Block], per_second: float, offsets: bool = True) -> l
     if not offsets:
         return out
     for start, chosen in (
-        (1000, [i for i, b in enumerate(blocks) if b.kind == "seen"]),
+        (1000, [i for i, b in enumerate(blocks) if b.kind == "vit"]),
         (2000, [i for i, b in enumerate(blocks) if b.kind == "clean" and b.role == "subject"]),
     ):
         by = start - int(out[chosen[0]][0, 0]) if chosen else 0
@@ -124,7 +124,7 @@ class Model:
         n = b.grid[0] * b.grid[1] * b.grid[2]
         x = table[torch.tensor([self.specials[0], *[self.specials[2]] * n, self.specials[1]])].clone()
         gen = torch.zeros(n + 2, dtype=torch.bool)
-        if b.kind == "seen":
+        if b.kind == "vit":
             x[1:-1] = b.data
         else:
             gen[1:-1] = True

@@ -22,9 +22,9 @@ from lance_core import CheckpointError
 from lance_core.bench import loading
 from lance_core.bench.case import RELEASED
 from lance_core.checkpoint import convert, describe
-from lance_core.checkpoint.checkpoint import Checkpoint, named_weights
+from lance_core.checkpoint.checkpoint import Checkpoint
 from lance_core.checkpoint.tensor_files import SafetensorsFile, TorchFile, open_weights
-from lance_core.model.decoder import homes, join
+from lance_core.model.joined import joined_rows, named_weights
 
 LAYER = "language_model.model.layers.1."
 
@@ -630,6 +630,6 @@ def test_planning_a_conversion_takes_a_few_steps_a_tensor(released_layout):
         count = len(checkpoint.parts[part].tensors)
         for dtype in ("bf16", "int4"):
             assert steps_of(lambda: convert._plan_part(checkpoint, part, dtype)) < 120 * count  # noqa: B023
-        assert steps_of(lambda: list(homes(join(checkpoint.build(part))))) < 120 * count  # noqa: B023
+        assert steps_of(lambda: list(joined_rows(checkpoint.build(part)))) < 120 * count  # noqa: B023
         quantised = Checkpoint(released_layout("int4"))
         assert steps_of(lambda: quantised.build(part)) < 120 * len(quantised.parts[part].tensors)  # noqa: B023

@@ -14,21 +14,15 @@ from torch.utils._pytree import tree_flatten
 
 import lance_core
 from lance_core import RequestError
-from lance_core.checkpoint.checkpoint import Checkpoint, named_weights
+from lance_core.checkpoint.checkpoint import Checkpoint
 from lance_core.checkpoint.convert import convert
 from lance_core.checkpoint.tiny import LLM
 from lance_core.model import rope
-from lance_core.model.decoder import (
-    CPU_FEED_CHUNK,
-    JOINED,
-    MLP,
-    ExpertLayer,
-    SelfAttention,
-    check_compiler,
-    homes,
-    join,
-)
+from lance_core.model.compiling import check_compiler
+from lance_core.model.decoder import CPU_FEED_CHUNK, MLP, ExpertLayer, SelfAttention, add_attention
 from lance_core.model.dual_expert import Plan, Row
+from lance_core.model.joined import JOINED, JoinedLinear, joined_rows, named_weights
+from lance_core.model.ops import TorchOps
 from lance_core.model.sequence import Branch, Role, Sequence, TargetSegment, TextSegment
 from lance_core.model.token_loop import TokenLoop
 
@@ -46,8 +40,10 @@ def filled(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 @pytest.mark.parametrize("tokens", [1, 2, 37])
 def test_joined_projections_give_what_they_give_apart(dtype, tolerance, tokens):
     x = torch.randn(2, tokens, LLM.hidden_size, generator=torch.Generator().manual_seed(1)).to(dtype)
-    apart = filled(SelfAttention(LLM)).to(dtype), filled(MLP(LLM)).to(dtype)
-    joined = [join(copy.deepcopy(module)) for module in apart]
+    apart = [filled(kind(LLM, joined=False)).to(dtype) for kind in (SelfAttention, MLP)]
+    joined = [kind(LLM, dtype=dtype) for kind in (SelfAttention, MLP)]
+    for one, other in zip(apart, joined, strict=True):
+        other.load_state_dict(one.state_dict())  # by the names that projections have apart
     assert not APART & {name for module in joined for name, _ in module.named_modules()}
     for one, other in zip(apart[0].project(x), joined[0].project(x), strict=True):
         assert one.shape == other.shape
@@ -56,11 +52,11 @@ def test_joined_projections_give_what_they_give_apart(dtype, tolerance, tokens):
 
 
 def test_a_long_sequence_goes_through_in_pieces_and_comes_out_the_same():
-    layer, generator = join(filled(ExpertLayer(LLM))), torch.Generator().manual_seed(1)
+    layer, generator = filled(ExpertLayer(LLM)), torch.Generator().manual_seed(1)
     x = torch.randn(2, CPU_FEED_CHUNK + 3, LLM.hidden_size, generator=generator)
     heads = torch.randn(2, CPU_FEED_CHUNK + 3, LLM.num_heads, LLM.head_dim, generator=generator)
     with torch.no_grad():
-        whole, normed = layer.attended(x.clone(), heads)
+        whole, normed = add_attention(layer, x.clone(), heads)
         whole = whole + layer.mlp(normed)
         torch.testing.assert_close(layer.finish(x.clone(), heads), whole, rtol=1e-6, atol=1e-6)
 
@@ -77,7 +73,7 @@ def test_heads_are_rotated_alike_in_pieces_and_whole():
 
 
 def test_joined_projections_can_be_trained():
-    module, x = join(filled(MLP(LLM))).requires_grad_(True), torch.randn(1, 3, LLM.hidden_size)
+    module, x = filled(MLP(LLM)).requires_grad_(True), torch.randn(1, 3, LLM.hidden_size)
     module(x).square().sum().backward()
     assert module.gate_up_proj.weight.grad.abs().sum(1).ne(0).all()
 
@@ -88,9 +84,9 @@ def test_a_loaded_expert_is_joined_and_keeps_the_names_of_the_file(golden, part)
     module = checkpoint.load(part, dtype=torch.float32)
     names = dict(named_weights(module))
     assert names.keys() == checkpoint.parts[part].tensors.keys()
-    assert len(homes(module)) == checkpoint.config.llm.num_layers * (3 * 2 + 2)
+    assert len(joined_rows(module)) == checkpoint.config.llm.num_layers * (3 * 2 + 2)
     assert checkpoint.count(part, module) == len(module.state_dict()) == len(list(module.parameters()))
-    apart = checkpoint.build(part, dtype=torch.float32)
+    apart = checkpoint.build(part, dtype=torch.float32, joined=False)
     assert {n: tuple(t.shape) for n, t in names.items()} == {
         n: tuple(t.shape) for n, t in apart.state_dict().items()
     }
@@ -103,10 +99,41 @@ def test_what_is_quantised_stays_apart(golden, tmp_path):
     module = checkpoint.load("gen")
     quantised = {name.rpartition(".")[0] for name in checkpoint.parts["gen"].formats}
     assert quantised and not any(
-        name.rpartition(".")[0].rpartition(".")[0] in quantised for name in homes(module)
+        name.rpartition(".")[0].rpartition(".")[0] in quantised for name in joined_rows(module)
     )
     assert hasattr(module.layers[0].self_attn, "qkv_proj") and hasattr(module.layers[1].self_attn, "q_proj")
     assert dict(named_weights(module)).keys() == checkpoint.parts["gen"].tensors.keys()
+
+
+@pytest.mark.parametrize("part", ["und", "gen"])
+def test_an_expert_can_be_loaded_apart_as_training_wants_it(golden, part):
+    checkpoint = Checkpoint(golden / "checkpoint" / "Lance_3B")
+    apart = checkpoint.load(part, dtype=torch.float32, joined=False)
+    assert apart.state_dict().keys() == checkpoint.parts[part].tensors.keys()
+    assert not any(isinstance(module, JoinedLinear) for module in apart.modules())
+    joined = checkpoint.load(part, dtype=torch.float32)
+    for name, weight in named_weights(joined):
+        assert torch.equal(weight, apart.state_dict()[name])
+    empty = checkpoint.build(part, device="cpu", dtype=torch.float32)
+    empty.load_state_dict(dict(named_weights(joined)))  # saved under the file's names, and back
+    assert all(torch.equal(a, b) for a, b in zip(empty.parameters(), joined.parameters(), strict=True))
+
+
+def test_a_joined_layer_without_one_of_its_projections_is_refused():
+    state = filled(MLP(LLM, joined=False)).state_dict()
+    del state["up_proj.weight"]
+    with pytest.raises(RuntimeError, match=r"Missing key.*gate_up_proj[\s\S]*Unexpected key.*gate_proj"):
+        MLP(LLM).load_state_dict(state)
+
+
+def test_a_joined_layer_is_of_the_kind_it_was_asked_for():
+    """So that ComfyUI's layers cast and stream it, and a copy keeps its rows."""
+    layer = copy.deepcopy(SelfAttention(LLM, ops=TorchOps).qkv_proj)
+    assert isinstance(layer, JoinedLinear) and isinstance(layer, TorchOps.Linear)
+    assert list(layer.rows) == ["q_proj", "k_proj", "v_proj"]
+    assert [rows.stop - rows.start for rows in layer.rows.values()] == [
+        heads * LLM.head_dim for heads in (LLM.num_heads, LLM.num_kv_heads, LLM.num_kv_heads)
+    ]
 
 
 # -- compiled, and with steps of one shape -------------------------------------------------------------------
@@ -153,7 +180,7 @@ def test_no_weight_is_copied_for_a_batch(golden, request, compile):
         request.getfixturevalue("compiler")
     model = lance_core.load(
         golden / "checkpoint" / "Lance_3B", dtype=torch.float32, compile=compile
-    ).experts()
+    ).components.experts()
     text, target = (
         TextSegment(Role.CAPTION, tuple(range(5, 25))),
         TargetSegment((1, 4, 6)),

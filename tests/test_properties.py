@@ -46,7 +46,13 @@ def reference_of(lance) -> Model:
 
 
 def blocks_of(sequence) -> list[Block]:
-    return [Block(s.kind.value, s.role.value, s.ids, s.grid, s.data) for s in sequence.segments]
+    fields = [
+        {name: getattr(s, name) for name in ("ids", "grid", "data") if hasattr(s, name)}
+        for s in sequence.segments
+    ]
+    return [
+        Block(s.kind.value, s.role.value, **given) for s, given in zip(sequence.segments, fields, strict=True)
+    ]
 
 
 def error(got: torch.Tensor, expected: torch.Tensor) -> float:

@@ -93,7 +93,10 @@ def test_passes(drawn):
             done += tokens
         assert done == prefix + rest
     targets = [call["kv"] for call in drawn.case["calls"]][-len(rests) :]
-    views = [view.stop - view.start - drawn.sequence.target.length for view in drawn.prepared.context.views]
+    views = [
+        view.stop - view.start - drawn.sequence.target.length
+        for view in drawn.prepared.context.views.values()
+    ]
     assert views == targets
 
 
@@ -122,7 +125,9 @@ def test_target_positions(drawn):
 
 def test_grids(drawn):
     """Grids of all visual blocks as the released positions use them: latent cells doubled in space."""
-    grids = [[s.grid[0], 2 * s.grid[1], 2 * s.grid[2]] for s in drawn.sequence.segments if s.grid]
+    grids = [
+        [s.grid[0], 2 * s.grid[1], 2 * s.grid[2]] for s in drawn.sequence.segments if s.kind is not Kind.TEXT
+    ]
     assert grids == drawn.tensors["video_grid_thw"].view(-1, 3).tolist()
 
 

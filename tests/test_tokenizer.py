@@ -10,6 +10,7 @@ import unicodedata
 
 import pytest
 import tokenizers
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -92,7 +92,7 @@ def write_sparse(
 def layout(part: str, config: LanceConfig, stored: str) -> Tensors:
     """A part's tensors under the names of a model file."""
     found: Tensors = {}
-    for name, tensor in build(part, config, stored, "meta").state_dict().items():
+    for name, tensor in build(part, config, stored, "meta", joined=False).state_dict().items():
         owner, _, leaf = name.rpartition(".")
         if stored in FORMATS:
             name = f"{owner}.{stored_names(FORMATS[stored], [leaf])[leaf]}" if owner else leaf

@@ -19,7 +19,8 @@ from ..checkpoint.checkpoint import Progress
 from ..config import LATENT_CHANNELS, LanceConfig, LLMConfig
 from ..errors import RequestError
 from ..inputs import tasks
-from ..model.decoder import FEED_CHUNK, compile_layers, join
+from ..model.compiling import compile_layers
+from ..model.decoder import FEED_CHUNK
 from ..model.denoise import denoise
 from ..model.dual_expert import DualExpert, Generation, Plan, Understanding
 from ..model.sampler import Guidance, schedule
@@ -39,7 +40,8 @@ from .released_vae import BaselineVAE
 STEPS = 30  # of the released schedule
 # seconds: passes that must take so long are timed one at a time, waiting for the device being nothing to them
 LONG = 0.1
-Price = Callable[[LLMConfig], cost.Cost]
+CHUNKED = ("step", "step_unguided", "token")  # passes timed several at a time
+Setup = Callable[[Any, int], Callable[[], object]]  # (version, passes a call) -> what is timed
 
 
 @dataclass(frozen=True)
@@ -78,13 +80,11 @@ class Bench:
         many.
         """
         llm, size = self.config.llm, self.dtype.itemsize
-        shared, rests = self.planned(case)[1].lengths
+        shared, rests = self.planned(case).lengths
         held = shared + sum(rests) + case.tokens  # keys and values of every layer
         rows, block = case.batch * (1 + case.guidance), max(case.tokens, shared + max(rests))
-        wide, stream = (
-            3 * llm.intermediate_size * size,
-            8 * llm.hidden_size * size,
-        )  # of a token, in the feed-forward and around it
+        # Of a token, in the feed-forward and around it.
+        wide, stream = 3 * llm.intermediate_size * size, 8 * llm.hidden_size * size
         work = rows * block * stream + min(rows * block, FEED_CHUNK) * wide
         if self.baseline:
             held += sum(shared + rest for rest in rests)
@@ -120,7 +120,7 @@ class Bench:
 
         def expert(done: int, kind: Callable[..., nn.Module]) -> Any:
             self.say("making random weights", done, 2)
-            made = materialise(join(kind(llm, device="meta")), self.device, self.dtype)
+            made = materialise(kind(llm, device="meta"), self.device, self.dtype)
             return compile_layers(made) if self.compile else made
 
         und, gen = expert(0, Understanding), expert(1, Generation) if generation else None
@@ -149,76 +149,100 @@ class Bench:
         extrapolate: bool = True,
     ) -> dict[str, Any]:
         """Those of DECODER that are wanted. unguided: a guided case's steps without guidance, too."""
-        llm, size = model.config, self.dtype.itemsize
-        sequence, plan = self.planned(case)
-        versions: dict[str, DualExpert | Baseline] = {"ours": model}
+        plan, found = self.planned(case), {}
+        versions: dict[str, Any] = {"ours": model}
         if self.baseline:
             versions["baseline"] = Baseline(model)
-        if extrapolate and llm.num_layers < self.config.llm.num_layers:
+        if extrapolate and model.config.num_layers < self.config.llm.num_layers:
             versions["no_layers"] = cut_layers(model, 0)
-        meter, out = self._meter(), {}
-
-        def measure(name: str, price: Price, setup: Callable[[Any, int], Callable[[], object]]) -> None:
-            """setup: (version, how many to run a call) -> what is timed."""
-            self.say(f"{case.label}: {name}", 0, 1)
-            alone = name.startswith("prefill") or limit(price(llm), speed) > LONG
-            count = 1 if alone else meter.chunk
-            timed = meter({key: partial(setup, v, count) for key, v in versions.items()}, count)
-            entry = self._decoder_entry(timed, price, llm, speed)
-            out[name] = entry | self._profiled(partial(setup, model, 1))
-            self.say(f"{case.label}: {name}", 1, 1)
-
+        setups: dict[str, Setup] = {}
         if "prefill" in wanted:
-            measure(
-                "prefill_edit" if case.edit else "prefill_text",
-                lambda c: cost.prefill(c, plan, size),
-                lambda version, _: partial(_prefill, version, sequence, plan),
-            )
-        steps = {"step": case.guidance} if "step" in wanted else {}
-        if steps and case.guidance and unguided:
-            steps["step_unguided"] = False
-        for name, guided in steps.items():
-            step = partial(self._steps, sequence=sequence, plan=plan, case=case, guided=guided)
-            measure(name, partial(self.step_cost, case=case, plan=plan, guided=guided), step)
+            name = "prefill_edit" if case.edit else "prefill_text"
+            setups[name] = lambda version, _: partial(version.prefill, plan)
+        if "step" in wanted:
+            setups["step"] = partial(self._steps, plan=plan, case=case, guided=case.guidance)
+            if case.guidance and unguided:
+                setups["step_unguided"] = partial(self._steps, plan=plan, case=case, guided=False)
         if "token" in wanted:
-            question = case.question(self.config)
-            length = sum(s.length for s in question.context)
-            room = meter.calls * meter.chunk
-            measure(
-                "token",
-                lambda c: cost.token(c, length, size),
-                partial(self._tokens, question=question, room=room),
-            )
-        return out
+            setups["token"] = partial(self._tokens, question=case.question(self.config))
+        for name, setup in setups.items():
+            found[name] = self._measure(name, case, versions, setup, speed, model.config)
+        return found
+
+    def picture(self, name: str, case: Case, model: Any, speed: dict[str, Any]) -> dict[str, Any]:
+        """ "vit", or the VAE's "encode" or "decode"."""
+        x = noise(*case.input_shape(name, self.config)).to(self.device, self.dtype)
+        if name == "encode":
+            x.clamp_(-1, 1)
+
+        def setup(version: Any, _: int) -> Callable[[], object]:
+            return partial(version, x, [case.seen]) if name == "vit" else partial(getattr(version, name), x)
+
+        versions = {"ours": model}
+        if self.baseline and name != "vit":
+            versions["baseline"] = BaselineVAE(model)
+        return self._measure(name, case, versions, setup, speed, self.config.llm)
+
+    def _measure(
+        self,
+        name: str,
+        case: Case,
+        versions: dict[str, Any],
+        setup: Setup,
+        speed: dict[str, Any],
+        llm: LLMConfig,
+    ) -> dict[str, Any]:
+        """One pass by every version: times, what it must cost, ratios, and what ours spends its time on."""
+        self.say(f"{case.label}: {name}", 0, 1)
+        price, meter = self.price(name, case, llm), self._meter()
+        count = meter.chunk if name in CHUNKED and limit(price, speed) <= LONG else 1
+        timed = meter({key: partial(setup, version, count) for key, version in versions.items()}, count)
+        entry = timed["ours"] | against(price, timed["ours"]["seconds"], speed)
+        if "baseline" in timed:
+            entry["baseline"] = _ratio(timed["baseline"], entry)
+        if "no_layers" in timed:
+            full = self.price(name, case, self.config.llm)
+            entry["extrapolated"] = self._extrapolated(timed, llm.num_layers, full, speed)
+        if self.profile:
+            entry["profile"] = profile(setup(versions["ours"], 1), self.device)
+        self.say(f"{case.label}: {name}", 1, 1)
+        return entry
 
     def _meter(self) -> Meter:
         return Meter(self.device, self.repeat, self.budget)
 
-    def planned(self, case: Case) -> tuple[Sequence, Plan]:
-        """A generation case's sequence and how its contexts are computed."""
-        sequence = case.sequence(self.config)
-        return sequence, Plan.of(sequence, self.config.tokens_per_second, case.guidance)
+    def planned(self, case: Case) -> Plan:
+        """How a generation case's contexts are computed."""
+        return Plan.of(case.sequence(self.config), self.config.tokens_per_second, case.guidance)
 
-    def step_cost(self, llm: LLMConfig, case: Case, plan: Plan, guided: bool) -> cost.Cost:
-        """What a denoising step must cost."""
-        contexts = [plan.lengths[0] + rest for rest in plan.lengths[1]]
-        used = contexts if guided else contexts[:1]
-        return cost.step(llm, case.grid, used, case.batch, self.dtype.itemsize)
+    def price(self, name: str, case: Case, llm: LLMConfig) -> cost.Cost:
+        """What one of MEASURES, or "step_unguided", must cost with a decoder of those sizes."""
+        size = self.dtype.itemsize
+        if name == "vit":
+            return cost.vit(vit_of(self.config), case.seen, size)
+        if name in ("encode", "decode"):
+            return cost.vae(vae_of(self.config), case.grid, name == "decode", size)
+        if name == "token":
+            return cost.token(llm, sum(s.length for s in case.question(self.config).context), size)
+        plan = self.planned(case)
+        if name.startswith("prefill"):
+            return cost.prefill(llm, plan, size)
+        shared, rests = plan.lengths
+        used = rests if name == "step" else rests[:1]
+        return cost.step(llm, case.grid, [shared + rest for rest in used], case.batch, size)
 
     def _start(self, case: Case) -> Tensor:
         return noise(case.batch, *case.grid, LATENT_CHANNELS).to(self.device)
 
-    def _steps(
-        self, version: Any, count: int, sequence: Sequence, plan: Plan, case: Case, guided: bool
-    ) -> Callable[[], Tensor]:
+    def _steps(self, version: Any, count: int, plan: Plan, case: Case, guided: bool) -> Callable[[], Tensor]:
         """`count` denoising steps, guidance, renorm and solver included."""
-        x, prepared = self._start(case), _prefill(version, sequence, plan)
+        x, prepared = self._start(case), version.prefill(plan)
         times, guidance = schedule(STEPS)[: count + 1], Guidance() if guided else Guidance(1.0)
         if isinstance(version, Baseline):
-            return partial(version.denoise, prepared, sequence, x, times, guidance)
+            return partial(version.denoise, prepared, plan.sequence, x, times, guidance)
         return partial(denoise, version, prepared, x, times, guidance)
 
-    def _tokens(self, version: Any, count: int, question: Sequence, room: int) -> Callable[[], None]:
+    def _tokens(self, version: Any, count: int, question: Sequence) -> Callable[[], None]:
         """`count` tokens decoded greedily, each going on from where the last call stopped."""
         rate = self.config.tokens_per_second
         following: Callable[[Any], Tensor]
@@ -227,6 +251,7 @@ class Bench:
             state, logits = version.read(question, rate)
             following, choose = version.following(state), lambda logits: int(logits.argmax())
         else:
+            room = self._meter().calls * count
             context, logits, position = version.read(question, rate, room)
             following = TokenLoop(version, context, position, self.compile and self.device.type == "cuda")
             choose = Chooser(0.0, 1.0, 0)
@@ -239,43 +264,13 @@ class Bench:
 
         return decode
 
-    def picture(self, name: str, case: Case, model: Any, speed: dict[str, Any]) -> dict[str, Any]:
-        """ "vit", or the VAE's "encode" or "decode"."""
-        self.say(f"{case.label}: {name}", 0, 1)
-        x = noise(*case.input_shape(name, self.config)).to(self.device, self.dtype)
-        if name == "encode":
-            x.clamp_(-1, 1)
-        calls: dict[str, Callable[[], object]] = {
-            "ours": partial(model, x, [case.seen]) if name == "vit" else partial(getattr(model, name), x)
-        }
-        if self.baseline and name != "vit":
-            calls["baseline"] = partial(getattr(BaselineVAE(model), name), x)
-        timed = self._meter()({key: partial(lambda call: call, call) for key, call in calls.items()})
-        entry = timed["ours"] | against(self.picture_cost(name, case), timed["ours"]["seconds"], speed)
-        if "baseline" in timed:
-            entry["baseline"] = _ratio(timed["baseline"], entry)
-        self.say(f"{case.label}: {name}", 1, 1)
-        return entry | self._profiled(lambda: calls["ours"])
-
-    def _profiled(self, setup: Callable[[], Callable[[], object]]) -> dict[str, Any]:
-        """What of ours the time goes to, if that was asked for."""
-        return {"profile": profile(setup(), self.device)} if self.profile else {}
-
-    def picture_cost(self, name: str, case: Case) -> cost.Cost:
-        """What `picture` must cost."""
-        size = self.dtype.itemsize
-        if name == "vit":
-            return cost.vit(vit_of(self.config), case.seen, size)
-        return cost.vae(vae_of(self.config), case.grid, name == "decode", size)
-
     def whole(self, case: Case, model: DualExpert) -> dict[str, Any]:
         """All 30 steps in one run, each looked at: does anything grow on the way?
 
         Returns: `seconds` of the run; of every step `steps` (seconds), `guided`, `memory_bytes` in use after
         it, and on CUDA `allocations` made in it.
         """
-        sequence, plan = self.planned(case)
-        prepared, x, memory = _prefill(model, sequence, plan), self._start(case), Peak(self.device)
+        prepared, x, memory = model.prefill(self.planned(case)), self._start(case), Peak(self.device)
         times, guidance = schedule(STEPS), Guidance() if case.guidance else Guidance(1.0)
         steps: list[float] = []
         used: list[int | None] = []
@@ -300,26 +295,21 @@ class Bench:
 
     # -- putting together ------------------------------------------------------------------------------------
 
-    def _decoder_entry(
-        self, timed: dict[str, Any], price: Price, llm: LLMConfig, speed: dict[str, Any]
+    def _extrapolated(
+        self, timed: dict[str, Any], layers: int, price: cost.Cost, speed: dict[str, Any]
     ) -> dict[str, Any]:
-        entry = timed["ours"] | against(price(llm), timed["ours"]["seconds"], speed)
-        full = self.config.llm
+        """What `layers` took, as all layers would; what takes time without any is not multiplied."""
+        fixed = timed["no_layers"]["seconds"]
+        total = self.config.llm.num_layers
+
+        def far(version: str) -> float:
+            return fixed + max(timed[version]["seconds"] - fixed, 0) * total / layers
+
+        seconds = far("ours")
+        entry = {"layers": total, "seconds": seconds, "seconds_without_layers": fixed}
+        entry |= against(price, seconds, speed)
         if "baseline" in timed:
-            entry["baseline"] = _ratio(timed["baseline"], entry)
-        if "no_layers" in timed:
-            fixed = timed["no_layers"]["seconds"]
-            scale = full.num_layers / llm.num_layers
-            seconds = fixed + max(entry["seconds"] - fixed, 0) * scale
-            entry["extrapolated"] = {
-                "layers": full.num_layers,
-                "seconds": seconds,
-                "seconds_without_layers": fixed,
-            }
-            entry["extrapolated"] |= against(price(full), seconds, speed)
-            if "baseline" in timed:
-                slow = fixed + max(timed["baseline"]["seconds"] - fixed, 0) * scale
-                entry["extrapolated"]["baseline"] = {"seconds": slow, "ratio": slow / seconds}
+            entry["baseline"] = {"seconds": far("baseline"), "ratio": far("baseline") / seconds}
         return entry
 
     def denoising(self, case: Case, measures: dict[str, Any], extrapolated: bool) -> dict[str, Any]:
@@ -349,10 +339,6 @@ class Bench:
         if "baseline" in with_:
             entry["baseline"] = _ratio({"seconds": total(lambda m: m["baseline"]["seconds"])}, entry)
         return entry
-
-
-def _prefill(version: DualExpert | Baseline, sequence: Sequence, plan: Plan) -> Any:
-    return version.prefill(sequence, plan) if isinstance(version, Baseline) else version.prefill(plan)
 
 
 def _ratio(slow: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:

@@ -28,7 +28,6 @@ from ..checkpoint.quantize import FORMATS, Format, QuantLinear, quantisable, swa
 from ..config import CELL, LATENT_CHANNELS, LanceConfig
 from ..errors import RequestError
 from ..inputs import preprocess
-from ..model.decoder import join
 from ..model.dual_expert import DualExpert, Generation, Plan, Row, Understanding
 from ..model.sequence import Branch
 from ..model.token_loop import TokenLoop
@@ -95,21 +94,30 @@ GOALS = (  # request, weights, GB
 # -- weights -------------------------------------------------------------------------------------------------
 
 
-def build(part: str, config: LanceConfig, weights: str, device: str) -> nn.Module:
-    """A part's module in COMPUTE, the experts' matrices in the format named; on a real device, of zeros."""
-    kind: Any = {"vit": VisionTower, "vae": WanVAE, "und": Understanding, "gen": Generation}[part]
-    sizes = getattr(config, part if part in ("vit", "vae") else "llm")
-    module: nn.Module = kind(sizes, device="meta", dtype=COMPUTE)
-    form = FORMATS.get(weights) if part in ("und", "gen") else None
-    if form is not None:
-        layers = config.llm.num_layers
-        names = [n for n, p in module.named_parameters() if quantisable(n, layers) and form.fits(*p.shape)]
+def build(part: str, config: LanceConfig, weights: str, device: str, joined: bool = True) -> nn.Module:
+    """A part's module in COMPUTE, the experts' matrices in the format named; on a real device, of zeros.
+
+    joined: see `joined.joined_in`.
+    """
+    if part in ("vit", "vae"):
+        tower: Any = VisionTower if part == "vit" else WanVAE
+        module: nn.Module = tower(getattr(config, part), device="meta", dtype=COMPUTE)
+    else:
+        expert = partial(
+            Understanding if part == "und" else Generation, config.llm, device="meta", dtype=COMPUTE
+        )
+        form, names = FORMATS.get(weights), []
+        if form is not None:
+            matrices = expert(joined=False).named_parameters()
+            layers = config.llm.num_layers
+            names = [n for n, p in matrices if quantisable(n, layers) and form.fits(*p.shape)]
 
         def quantised(f: Format, linear: Any) -> QuantLinear:
             has_bias = linear.bias is not None
             return QuantLinear(f, linear.in_features, linear.out_features, has_bias, "meta", COMPUTE)
 
-        swap(module, {name.removesuffix(".weight"): form for name in names}, quantised)
+        formats = {name.removesuffix(".weight"): form for name in names if form is not None}
+        module = swap(expert(joined=joined, apart=formats.keys()), formats, quantised)
     if device != "meta":
         fill(module, lambda _, name, p: torch.zeros(p.shape, dtype=p.dtype, device=device))
     return module.requires_grad_(False).eval()
@@ -162,7 +170,7 @@ class Stages:
         modules = {}
         for part in parts:
             home = "cpu" if part in away and self.device == "cuda" else self.device
-            modules[part] = join(build(part, self.config, self.weights, home))
+            modules[part] = build(part, self.config, self.weights, home)
             if part in away:
                 stream(modules[part], self.device)
             elif isinstance(meter, Accountant):

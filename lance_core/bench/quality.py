@@ -79,7 +79,7 @@ REFERENCES = ("float32", "bf16")
 # -- weights -------------------------------------------------------------------------------------------------
 
 
-def random_expert(cls: type[nn.Module], config: LanceConfig, seed: int) -> Any:
+def random_expert(cls: type[Any], config: LanceConfig, seed: int) -> Any:
     """An expert with float32 weights of variance 1 / fan-in, some input channels larger by OUTLIER_SCALE."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -92,7 +92,7 @@ def random_expert(cls: type[nn.Module], config: LanceConfig, seed: int) -> Any:
             weight[:, ::OUTLIERS] *= OUTLIER_SCALE
         return weight
 
-    return fill(cls(config.llm, device="meta"), draw)
+    return fill(cls(config.llm, device="meta", joined=False), draw)
 
 
 def kept(name: str, weight: Tensor, format: str, spared: tuple[int, ...] = ()) -> Tensor:
@@ -218,9 +218,9 @@ def stored(path: Path) -> tuple[Subject, WanVAE | None]:
     checkpoint = Checkpoint(path)
     if checkpoint.parts["und"].formats or checkpoint.parts["gen"].formats:
         raise CheckpointError(f"{path} is quantised already; measure the original")
-    experts: dict[str, Any] = {part: checkpoint.build(part) for part in ("und", "gen")}
+    experts: dict[str, Any] = {part: checkpoint.build(part, joined=False) for part in ("und", "gen")}
     for part, module in experts.items():
-        # Tensor by tensor: loading joins projections, which are quantised apart.
+        # Tensor by tensor, each projection apart, as they are quantised.
         for name, weight in checkpoint.tensors(part, torch.float32):
             _put(module, name, weight)
     vae: Any = checkpoint.load("vae", dtype=torch.float32) if checkpoint.config.vae else None

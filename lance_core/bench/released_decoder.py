@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..model import rope
-from ..model.decoder import JOINED
 from ..model.dual_expert import DualExpert, Plan, latent_positions
+from ..model.joined import JoinedLinear
 from ..model.sampler import Guidance, euler
 from ..model.sequence import MARKERS, Branch, Kind, Placed, Sequence, TextSegment, merge_text
 
@@ -41,7 +41,7 @@ Each = Callable[[str, Tensor], Tensor]
 
 
 def parts_of(layer: Any) -> dict[str, Part]:
-    """What one expert's layer is made of, each projection on its own and multiplied plainly: rows of a joined
+    """What one expert's layer (ExpertLayer) is made of, each projection on its own and multiplied plainly: rows of a joined
     weight are views.
     """
     parts: dict[str, Part] = {}
@@ -50,11 +50,10 @@ def parts_of(layer: Any) -> dict[str, Part]:
             if not isinstance(module, nn.Linear):
                 parts[name] = module
                 continue
-            rows: Any = module.rows if name in JOINED else {name: module.out_features}
-            counts: list[int] = list(rows.values())
-            biases = [None] * len(rows) if module.bias is None else module.bias.split(counts)
-            alone = zip(rows, module.weight.split(counts), biases, strict=True)
-            parts |= {part: partial(F.linear, weight=weight, bias=bias) for part, weight, bias in alone}
+            rows = module.rows if isinstance(module, JoinedLinear) else {name: slice(None)}
+            for part, own in rows.items():
+                bias = None if module.bias is None else module.bias[own]
+                parts[part] = partial(F.linear, weight=module.weight[own], bias=bias)
     parts["mlp"] = lambda x: parts["down_proj"](F.silu(parts["gate_proj"](x)) * parts["up_proj"](x))
     return parts | {name: getattr(layer, name) for name in ("input_layernorm", "post_attention_layernorm")}
 
@@ -104,12 +103,12 @@ class Baseline:
 
     # -- passes ----------------------------------------------------------------------------------------------
 
-    def prefill(self, sequence: Sequence, plan: Plan) -> list[Side]:
+    def prefill(self, plan: Plan) -> list[Side]:
         """Every branch's whole context, what they share included."""
         sides = []
         for branch, rest in plan.rests.items():
             side = Side([None] * self.config.num_layers, plan.targets.get(branch))
-            self._extend(side, sequence, plan.prefix + rest)
+            self._extend(side, plan.sequence, plan.prefix + rest)
             sides.append(side)
         return sides
 

@@ -17,7 +17,7 @@ from ..checkpoint.checkpoint import Checkpoint, Progress
 from ..config import LanceConfig
 from ..errors import RequestError
 from ..inputs import tasks
-from ..model.decoder import check_compiler
+from ..model.compiling import check_compiler
 from ..model.side_stream import SideStream
 from . import plot, suite
 from .case import RELEASED, Case, case_of

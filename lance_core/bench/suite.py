@@ -17,7 +17,6 @@ import torch
 from ..errors import RequestError
 from ..model.dual_expert import DualExpert
 from ..vae.wan import OUT_OF_MEMORY, WanVAE
-from . import cost
 from .case import Case, case_of, vae_of
 from .device import free, free_memory
 from .growth import fit, steadiness
@@ -229,7 +228,7 @@ class _Run:
             return "the checkpoint has no VAE"
         if row.kind == "token" and bench.config.vit is None:
             return "the checkpoint has no vision tower"
-        return self._too_large(row.kind, case) or self._too_slow(self._price(row.kind, case))
+        return self._too_large(row.kind, case) or self._too_slow(row.kind, case)
 
     def _too_large(self, kind: str, case: Case) -> str | None:
         bench, there = self.bench, free_memory(self.bench.device)
@@ -244,19 +243,8 @@ class _Run:
             return None
         return f"needs about {need / 2**30:.1f} GiB and {there / 2**30:.1f} are free on {bench.device}"
 
-    def _price(self, kind: str, case: Case) -> cost.Cost:
-        """Of one pass of a row's work."""
-        bench, size = self.bench, self.bench.dtype.itemsize
-        if kind in PICTURES:
-            return bench.picture_cost(kind, case)
-        if kind == "token":
-            return cost.token(self.llm, sum(s.length for s in case.question(bench.config).context), size)
-        _, plan = bench.planned(case)
-        if kind == "prefill":
-            return cost.prefill(self.llm, plan, size)
-        return bench.step_cost(self.llm, case, plan, case.guidance)
-
-    def _too_slow(self, price: cost.Cost) -> str | None:
+    def _too_slow(self, kind: str, case: Case) -> str | None:
+        price = self.bench.price("step" if kind == "denoise" else kind, case, self.llm)
         passes = (1 + TURNS) * (1 + self.bench.baseline)
         need = passes * limit(price, self.speed)
         if need <= self.patience:
@@ -325,7 +313,7 @@ class _Run:
         """
         cases = {frames: self.grown(frames) for frames in self.suite.latent_frames}
         return {
-            f: self._too_large("denoise", case) or self._too_slow(self._price("denoise", case))
+            f: self._too_large("denoise", case) or self._too_slow("denoise", case)
             for f, case in cases.items()
         }
 

@@ -1,5 +1,6 @@
 """Files to modules and back: opening, loading, quantising and converting checkpoints."""
 
-from .checkpoint import Checkpoint, Part, named_weights, part_of, released_name
+from ..model.joined import named_weights
+from .checkpoint import Checkpoint, Part, part_of, released_name
 
 __all__ = ["Checkpoint", "Part", "named_weights", "part_of", "released_name"]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -26,12 +26,12 @@ from torch import Tensor, nn
 from ..config import LanceConfig, Shapes, llm_config, numbered, read_json, vae_config, variant_of, vit_config
 from ..errors import CheckpointError
 from ..inputs.tokenizer import Tokenizer
-from ..model.decoder import homes, join
-from ..model.dual_expert import Generation, Understanding
 from ..model.ops import TorchOps
 from ..model.vit import VisionTower
 from ..vae.wan import WanVAE
-from .quantize import IGNORED_SUFFIXES, ON_DISK, SIDE_TENSORS, Format, formats_of, swap
+from . import loading
+from .loading import Progress
+from .quantize import IGNORED_SUFFIXES, ON_DISK, SIDE_TENSORS, Format, formats_of
 from .tensor_files import SafetensorsFile, WeightFile, open_weights
 
 PARTS = ("und", "gen", "vit", "vae")
@@ -46,8 +46,6 @@ CONFIG_KEYS, TOKENIZER_KEYS = (
     ("llm_config", "llm_config.json", "config", "config.json"),
     ("tokenizer", "tokenizer.json"),
 )
-
-Progress = Callable[[str, int, int], None]  # what is going on, done, total
 
 
 @dataclass(frozen=True)
@@ -297,15 +295,24 @@ class Checkpoint:
     # -- checking and loading --------------------------------------------------------------------------------
 
     def build(
-        self, part: str, ops=TorchOps, device="meta", dtype: torch.dtype | None = None, make: Any = None
+        self,
+        part: str,
+        ops: Any = TorchOps,
+        device: Any = "meta",
+        dtype: torch.dtype | None = None,
+        make: Any = None,
+        joined: bool = True,
     ) -> nn.Module:
-        """The part's module, its weights not yet loaded. make: a host's quantised layer (see
-        `quantize.swap`).
+        """The part's module, its weights not yet loaded.
+
+        Args:
+            make: builds ComfyUI's kind of quantised layer (see `quantize.swap`).
+            joined: projections of one input are one layer, unless quantised; False keeps the file's.
 
         Raises:
             CheckpointError: the checkpoint has no such part; says where it is looked for.
         """
-        kw = {"ops": ops, "device": device, "dtype": dtype}
+        kw: dict[str, Any] = {"ops": ops, "device": device, "dtype": dtype}
         if part == "vit":
             if self.config.vit is None:
                 raise CheckpointError(
@@ -321,11 +328,7 @@ class Checkpoint:
                     "vae=."
                 )
             return WanVAE(self.config.vae, **kw)
-        return swap(
-            {"und": Understanding, "gen": Generation}[part](self.config.llm, **kw),
-            self.parts[part].formats,
-            make,
-        )
+        return loading.build_expert(self.config.llm, part, self.parts[part].formats, joined, make, **kw)
 
     def _check(self, unexpected: list[str]) -> None:
         """Every part's names, shapes and dtypes against the module they are for."""
@@ -333,7 +336,7 @@ class Checkpoint:
         for name, part in self.parts.items():
             if not part.tensors and name in ("vit", "vae"):
                 continue
-            built = self.build(name).state_dict()
+            built = self.build(name, joined=False).state_dict()
             expected = {k: tuple(v.shape) for k, v in built.items()}
             found = part.shapes
             label = {key: part.tensors[key][1] for key in found}
@@ -372,74 +375,33 @@ class Checkpoint:
 
         Args:
             dtype: of the result; None as in the file. What a quantised layer is kept in is never changed.
-            module: whose weights they will be; if given, what it has joined (`decoder.join`) comes joined and
-                under its names.
+            module: whose weights they will be; if given, projections that are joined in it come joined.
         """
-        items = self.parts[part].tensors.items()
-        kept = {f"{layer}.{leaf}" for layer in self.parts[part].formats for leaf in ("weight", *SIDE_TENSORS)}
-        joined = {} if module is None else homes(module)
-        begun: dict[
-            str, tuple[Tensor, int]
-        ] = {}  # joined weights some of whose rows are there, and how many are missing
-        for name, (file, key) in sorted(items, key=lambda item: item[1][0].offset(item[1][1])):
-            if name not in joined:
-                yield name, file.read(key, None if name in kept else dtype, device)
-                continue
-            whole, rows, shape = joined[name]
-            tensor, missing = begun.pop(whole, (None, shape[0]))
-            if tensor is None:
-                tensor = torch.empty(shape, dtype=dtype or file.dtypes[key], device=device)
-            file.read(key, out=tensor[rows])
-            missing -= rows.stop - rows.start
-            if missing:
-                begun[whole] = tensor, missing
-            else:
-                yield whole, tensor
-            del tensor
+        found = self.parts[part]
+        return loading.tensors(found.tensors, found.formats, dtype, device, module)
 
     def count(self, part: str, module: nn.Module) -> int:
         """How many tensors `tensors` gives for a module."""
-        joined = homes(module)
-        return len(self.parts[part].tensors) - len(joined) + len({whole for whole, *_ in joined.values()})
+        return loading.count(self.parts[part].tensors, module)
 
     def load(
         self,
         part: str,
-        ops=TorchOps,
+        ops: Any = TorchOps,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.bfloat16,
         progress: Progress | None = None,
+        joined: bool = True,
     ) -> nn.Module:
-        """The part's module with its weights in `dtype` on `device`, projections that share an input joined."""
-        module = join(self.build(part, ops)).eval().requires_grad_(False)
-        done, total = 0, self.count(part, module)
-        for name, tensor in self.tensors(
-            part, dtype, device, module
-        ):  # not enumerate, which keeps its last pair alive
-            owner, _, leaf = name.rpartition(".")
-            setattr(module.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
-            del tensor
-            done += 1  # noqa: SIM113
-            if progress is not None:
-                progress(f"loading {part}", done, total)
-        return module
+        """The part's module with its weights in `dtype` on `device`.
 
-
-def named_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """A module's weights under the names they have in a file's part: joined projections as the parts they are
-    made of (views).
-    """
-    weights, parts = dict(module.named_parameters()), homes(module)
-    yield from (
-        (name, weight)
-        for name, weight in weights.items()
-        if name not in {whole for whole, *_ in parts.values()}
-    )
-    yield from ((name, weights[whole][rows]) for name, (whole, rows, _) in parts.items())
-
-
-def non_finite(module: nn.Module) -> str | None:
-    """Name of the first weight with NaN or infinity in it, for error messages."""
-    return next(
-        (name for name, p in named_weights(module) if not bool(torch.isfinite(p.float()).all())), None
-    )
+        joined: projections of one input are one layer, unless quantised; False keeps the file's, for training.
+        """
+        module = self.build(part, ops, joined=joined).eval().requires_grad_(False)
+        return loading.fill(
+            module,
+            self.tensors(part, dtype, device, module),
+            self.count(part, module),
+            f"loading {part}",
+            progress,
+        )

@@ -2,7 +2,8 @@
 VAE's.
 """
 
-from .decoder import ExpertLayer, compile_layers, run_layers
+from .compiling import compile_layers
+from .decoder import ExpertLayer, run_layers
 from .dual_expert import DualExpert, Generation, Plan, Prepared, Row, Understanding
 from .sampler import Guidance, euler, schedule, seeded_noise
 from .sequence import Branch, Kind, Role, Segment, Sequence, TargetSegment, TextSegment, VisualSegment

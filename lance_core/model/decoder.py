@@ -1,24 +1,26 @@
 """The dual-expert decoder: two stacks of the same shape, joined only for attention.
 
-A layer takes two tensors, `und` (text, ViT and marker tokens) and `gen` (latent tokens), projects each with
-its own expert's weights, runs one attention over both and splits again. Either may be empty. Expert stacks
-are separate modules so that a host can place, load and patch them separately.
+A layer takes two tensors, `und` (text, ViT and marker tokens) and `gen` (latent tokens). Read top to bottom,
+`decoder_layer` is: norm, project and rope with each expert's own weights (`ExpertLayer.project`), one attention
+over both, then project back and feed-forward, again with each expert's own (`ExpertLayer.finish`). Expert
+stacks are separate modules, so that they can be placed, loaded and patched separately.
 
 Precision: weights and matmuls in the compute dtype; norms and rope compute in float32 inside (ops.RMSNorm,
-rope.rotate).
+rope.rotate_into).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache, partial
+from collections.abc import Callable, Collection
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import LLMConfig
-from ..errors import RequestError
+from .joined import JOINED, JoinsOnLoad, joined_in, joined_linear
 from .kv_cache import Attend
 from .ops import TorchOps
 from .rope import rotate_into
@@ -26,51 +28,72 @@ from .side_stream import SideStream
 
 FEED_CHUNK = 8192  # tokens a feed-forward takes at once; enough to keep any device busy
 CPU_FEED_CHUNK = 512  # the same on a CPU, whose caches should hold what is between two products; measured
-# Projections of one input that run as one product, by the name of the joined layer; files keep them apart.
-JOINED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
-class SelfAttention(nn.Module):
-    """One expert's projections around the shared attention."""
+class SelfAttention(JoinsOnLoad):
+    """One expert's projections around the shared attention. joined: q, k and v are one layer, `qkv_proj`."""
 
-    def __init__(self, config: LLMConfig, ops=TorchOps, device=None, dtype=None) -> None:
+    def __init__(
+        self,
+        config: LLMConfig,
+        ops: Any = TorchOps,
+        device: Any = None,
+        dtype: Any = None,
+        joined: bool = True,
+    ) -> None:
         super().__init__()
         kw = {"device": device, "dtype": dtype}
-        self.options = {"bias": True, **kw}  # of what may be joined
         hidden, width = config.hidden_size, config.head_dim
-        self.width, self.heads = width, (config.num_heads, config.num_kv_heads, config.num_kv_heads)
-        self.q_proj = ops.Linear(hidden, config.num_heads * width, bias=True, **kw)
-        self.k_proj = ops.Linear(hidden, config.num_kv_heads * width, bias=True, **kw)
-        self.v_proj = ops.Linear(hidden, config.num_kv_heads * width, bias=True, **kw)
+        self.joined, self.width = joined, width
+        self.heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+        sizes = {part: heads * width for part, heads in zip(JOINED["qkv_proj"], self.heads, strict=True)}
+        if joined:
+            self.qkv_proj = joined_linear(ops, hidden, sizes, bias=True, **kw)
+        else:
+            self.q_proj, self.k_proj, self.v_proj = (
+                ops.Linear(hidden, size, bias=True, **kw) for size in sizes.values()
+            )
         self.o_proj = ops.Linear(config.num_heads * width, hidden, bias=False, **kw)
         self.q_norm = ops.RMSNorm(width, eps=config.rms_eps, **kw)
         self.k_norm = ops.RMSNorm(width, eps=config.rms_eps, **kw)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [b, n, hidden] -> normed q [b, n, heads, width], normed k and v [b, n, kv_heads, width]."""
-        if "qkv_proj" in self._modules:
+        if self.joined:
             q, k, v = self.qkv_proj(x).unflatten(-1, (-1, self.width)).split(self.heads, dim=-2)
         else:
             q, k, v = (p(x).unflatten(-1, (-1, self.width)) for p in (self.q_proj, self.k_proj, self.v_proj))
         return self.q_norm(q), self.k_norm(k), v
 
 
-class MLP(nn.Module):
-    """SwiGLU feed-forward."""
+class MLP(JoinsOnLoad):
+    """SwiGLU feed-forward. joined: gate and up are one layer, `gate_up_proj`."""
 
-    def __init__(self, config: LLMConfig, ops=TorchOps, device=None, dtype=None) -> None:
+    def __init__(
+        self,
+        config: LLMConfig,
+        ops: Any = TorchOps,
+        device: Any = None,
+        dtype: Any = None,
+        joined: bool = True,
+    ) -> None:
         super().__init__()
-        kw = self.options = {"bias": False, "device": device, "dtype": dtype}
-        self.gate_proj = ops.Linear(config.hidden_size, config.intermediate_size, **kw)
-        self.up_proj = ops.Linear(config.hidden_size, config.intermediate_size, **kw)
-        self.down_proj = ops.Linear(config.intermediate_size, config.hidden_size, **kw)
+        kw = {"bias": False, "device": device, "dtype": dtype}
+        hidden, inner = config.hidden_size, config.intermediate_size
+        self.joined = joined
+        if joined:
+            self.gate_up_proj = joined_linear(ops, hidden, dict.fromkeys(JOINED["gate_up_proj"], inner), **kw)
+        else:
+            self.gate_proj = ops.Linear(hidden, inner, **kw)
+            self.up_proj = ops.Linear(hidden, inner, **kw)
+        self.down_proj = ops.Linear(inner, hidden, **kw)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [b, n, hidden] -> the same shape."""
-        # Two axes: compiled, halves of wide rows that have a batch axis are multiplied result by result, each
+        # Two axes: with a batch axis, compiled code multiplies the halves of wide rows result by result, each
         # with a copy of the weight.
         rows = x.flatten(0, -2)
-        if "gate_up_proj" in self._modules:
+        if self.joined:
             gate, up = self.gate_up_proj(rows).chunk(2, dim=-1)
         else:
             gate, up = self.gate_proj(rows), self.up_proj(rows)
@@ -79,144 +102,93 @@ class MLP(nn.Module):
 
 
 class ExpertLayer(nn.Module):
-    """One expert's half of a decoder layer: everything but the attention itself."""
+    """One expert's half of a decoder layer: all before the attention (`project`), all after it (`finish`).
 
-    def __init__(self, config: LLMConfig, ops=TorchOps, device=None, dtype=None) -> None:
+    joined: names of JOINED whose projections are one layer.
+    """
+
+    def __init__(
+        self,
+        config: LLMConfig,
+        ops: Any = TorchOps,
+        device: Any = None,
+        dtype: Any = None,
+        joined: Collection[str] = tuple(JOINED),
+    ) -> None:
         super().__init__()
         kw = {"ops": ops, "device": device, "dtype": dtype}
         norm = {"eps": config.rms_eps, "device": device, "dtype": dtype}
         self.input_layernorm = ops.RMSNorm(config.hidden_size, **norm)
-        self.self_attn = SelfAttention(config, **kw)
+        self.self_attn = SelfAttention(config, **kw, joined="qkv_proj" in joined)
         self.post_attention_layernorm = ops.RMSNorm(config.hidden_size, **norm)
-        self.mlp = MLP(config, **kw)
+        self.mlp = MLP(config, **kw, joined="gate_up_proj" in joined)
+        self.steps = PLAIN_STEPS
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """Write the rotated queries and keys and the values of x [b, n, hidden] to q, k and v [b, n, heads,
-        width]: slices of tensors that both experts fill, so that joining them costs no pass of its own."""
-        queries, keys, values = self.self_attn.project(self.input_layernorm(x))
-        rotate_into(q, queries, cos, sin)
-        rotate_into(k, keys, cos, sin)
-        v.copy_(values)
-
-    def attended(self, x: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
-        """Residual stream after attention [b, n, heads, width], and what the feed-forward reads. Without
-        autograd, x is overwritten.
+        """Norm, project, rope: write the queries, keys and values of x [b, n, hidden] to q, k and v [b, n,
+        heads, width], slices of tensors that both experts fill, so that joining them costs no pass of its own.
         """
-        # Contiguous, because torch multiplies a sliced batch row by row, copying the weight each time.
-        x = _add(x, self.self_attn.o_proj(attended.flatten(2).contiguous()))
-        return x, self.post_attention_layernorm(x)
+        self.steps.project(self, x, cos, sin, q, k, v)
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
-        """Residual stream after attention and feed-forward. Without autograd, x is overwritten; many tokens
-        then go through in pieces, so that the wide intermediates of a video never exist at once."""
-        x, normed = self.attended(x, attended)
+        """Project back, feed-forward: the residual stream x [b, n, hidden] after attention [b, n, heads,
+        width] and feed-forward.
+
+        Without autograd x is overwritten, and many tokens go through the feed-forward in chunks, so that the
+        wide intermediates of a video never exist at once.
+        """
+        x, normed = self.steps.add_attention(self, x, attended)
         if torch.is_grad_enabled():
-            return x + self.mlp(normed)
+            return x + self.steps.feed_forward(self.mlp, normed)
         rows, tokens = x.view(-1, x.shape[-1]), normed.view(-1, x.shape[-1])
-        piece = CPU_FEED_CHUNK if x.is_cpu else FEED_CHUNK
-        for start in range(0, len(rows), piece):
-            one = slice(start, start + piece)
-            rows[one].add_(self.mlp(tokens[one]))
+        chunk = CPU_FEED_CHUNK if x.is_cpu else FEED_CHUNK
+        for start in range(0, len(rows), chunk):
+            part = slice(start, start + chunk)
+            rows[part].add_(self.steps.feed_forward(self.mlp, tokens[part]))
         return x
 
 
-def _add(x: Tensor, more: Tensor) -> Tensor:
-    """x + more, in x's place unless autograd may want x again: a video's stream is hundreds of megabytes a
-    row.
+def project(layer: ExpertLayer, x: Tensor, cos: Tensor, sin: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """`ExpertLayer.project`."""
+    queries, keys, values = layer.self_attn.project(layer.input_layernorm(x))
+    rotate_into(q, queries, cos, sin)
+    rotate_into(k, keys, cos, sin)
+    v.copy_(values)
+
+
+def add_attention(layer: ExpertLayer, x: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
+    """The residual stream after attention [b, n, heads, width], and its norm, which the feed-forward takes.
+    Without autograd, x is overwritten.
     """
-    return x + more if torch.is_grad_enabled() else x.add_(more)
+    # Contiguous, because torch multiplies a sliced batch row by row, copying the weight each time.
+    out = layer.self_attn.o_proj(attended.flatten(2).contiguous())
+    # In place unless autograd may want x again: a video's stream is hundreds of megabytes a row.
+    x = x + out if torch.is_grad_enabled() else x.add_(out)
+    return x, layer.post_attention_layernorm(x)
 
 
-def join(module: nn.Module) -> nn.Module:
-    """Make one layer of the projections that share an input (JOINED), in place; returns the module.
+class Steps(NamedTuple):
+    """The parts of a layer that lie between its attention and its chunks, plain or compiled."""
 
-    One product instead of three or two: fewer kernels, and none too narrow to fill a device. A module without
-    weights gets them later, under the joined names. Quantised projections stay apart, as each may have scales
-    of its own.
-    """
-    for owner in [m for m in module.modules() if isinstance(m, SelfAttention | MLP)]:
-        for name, parts in JOINED.items():
-            layers = [owner._modules.get(part) for part in parts]
-            if not all(isinstance(layer, nn.Linear) and not hasattr(layer, "format") for layer in layers):
-                continue
-            first, width = layers[0], sum(layer.out_features for layer in layers)
-            made = type(first)(first.in_features, width, **owner.options | {"device": "meta"})
-            for leaf, old in first.named_parameters():
-                if not old.is_meta:
-                    setattr(
-                        made,
-                        leaf,
-                        nn.Parameter(
-                            torch.cat([getattr(layer, leaf) for layer in layers]), requires_grad=False
-                        ),
-                    )
-            made.rows = {part: layer.out_features for part, layer in zip(parts, layers, strict=True)}
-            for part in parts:
-                delattr(owner, part)
-            setattr(owner, name, made.train(first.training))
-    return module
+    project: Callable[..., None]
+    add_attention: Callable[..., tuple[Tensor, Tensor]]
+    feed_forward: Callable[..., Tensor]
 
 
-def homes(module: nn.Module) -> dict[str, tuple[str, slice, tuple[int, ...]]]:
-    """Where the tensors of joined projections went: name in a file -> (name in the module, rows there, shape
-    there).
-    """
-    found = {}
-    for path, owner in module.named_modules():
-        for name in JOINED:
-            start, layer = 0, owner._modules.get(name) if isinstance(owner, SelfAttention | MLP) else None
-            for part, count in layer.rows.items() if layer is not None else ():
-                rows, start = slice(start, start + count), start + count
-                found[f"{path}.{part}.weight"] = (
-                    f"{path}.{name}.weight",
-                    rows,
-                    (layer.out_features, layer.in_features),
-                )
-                if owner.options["bias"]:
-                    found[f"{path}.{part}.bias"] = (f"{path}.{name}.bias", rows, (layer.out_features,))
-    return found
+PLAIN_STEPS = Steps(project, add_attention, lambda mlp, x: mlp(x))
 
 
-def compile_layers(module: nn.Module) -> nn.Module:
-    """Have torch.compile fuse what lies between a layer's matrix products, in place; returns the module.
-
-    All layers of both experts share three compiled functions; sizes are symbolic, so other prompts and
-    pictures compile nothing
-    anew: once for one row and once for several, one token and several.
-    """
-    project, attended, mlp = _compiled()
-    for layer in module.layers:
-        layer.project, layer.attended = partial(project, layer), partial(attended, layer)
-        layer.mlp.forward = partial(mlp, layer.mlp)
-    return module
-
-
-def check_compiler(device: torch.device) -> None:
-    """Compile a trifle, so that what is missing is told before any weight is read.
-
-    Raises:
-        RequestError: torch.compile does not work on this machine; says why.
-    """
-    try:
-        torch.compile(lambda x: x * 2 + 1)(torch.ones(2, device=device))
-    except (
-        Exception
-    ) as error:  # a C++ compiler, Triton, Python's headers: whatever is missing has an exception of its own
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise RequestError(
-            f"compile: torch.compile does not work here ({reason[:200]}); leave it off, or install what is "
-            "missing"
-        ) from None
-
-
-@cache
-def _compiled() -> tuple[Callable, ...]:
-    return tuple(
-        torch.compile(f, dynamic=True) for f in (ExpertLayer.project, ExpertLayer.attended, MLP.forward)
+def expert_layers(
+    config: LLMConfig, ops: Any, device: Any, dtype: Any, joined: bool, apart: Collection[str]
+) -> nn.ModuleList:
+    """One expert's half of every layer. joined, apart: see `joined.joined_in`."""
+    return nn.ModuleList(
+        ExpertLayer(config, ops, device, dtype, joined_in(f"layers.{i}", joined, apart))
+        for i in range(config.num_layers)
     )
 
 
-def run_layer(
+def decoder_layer(
     index: int,
     und_layer: ExpertLayer,
     gen_layer: ExpertLayer | None,
@@ -233,19 +205,21 @@ def run_layer(
     split = und.shape[1]
     q, k, v = _heads(und_layer, und, split + (0 if gen is None else gen.shape[1]))
     und_layer.project(und, cos[:, :split], sin[:, :split], *(t[:, :split] for t in (q, k, v)))
-    if gen is not None:
+    if gen is not None and gen_layer is not None:
         gen_layer.project(gen, cos[:, split:], sin[:, split:], *(t[:, split:] for t in (q, k, v)))
     out = attend(index, q, k, v)
     del q, k, v  # a video's are hundreds of megabytes
     und = und_layer.finish(und, out[:, :split])
-    return und, None if gen is None else gen_layer.finish(gen, out[:, split:])
+    if gen is not None and gen_layer is not None:
+        gen = gen_layer.finish(gen, out[:, split:])
+    return und, gen
 
 
-def _heads(layer: ExpertLayer, x: Tensor, tokens: int) -> tuple[Tensor, ...]:
+def _heads(layer: ExpertLayer, x: Tensor, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     """Room for queries, keys and values of so many tokens."""
-    return tuple(
-        x.new_empty(x.shape[0], tokens, heads, layer.self_attn.width) for heads in layer.self_attn.heads
-    )
+    width, heads = layer.self_attn.width, layer.self_attn.heads
+    q, k, v = (x.new_empty(x.shape[0], tokens, count, width) for count in heads)
+    return q, k, v
 
 
 def run_layers(
@@ -258,19 +232,18 @@ def run_layers(
     attend: Attend,
     side: SideStream | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """All layers; see `run_layer`. `gen_layers` is needed only when there are generation tokens.
+    """All layers; see `decoder_layer`. `gen_layers` is needed only when there are generation tokens.
 
-    Without autograd `gen` is overwritten; `und` is not, so that marker embeddings can be shared. side: where
-    the understanding expert works while the generation expert does, its tokens being few; the result is the
-    same.
+    Without autograd `gen` is overwritten; `und` is not, so that marker embeddings can be shared. side: a second
+    stream on which the understanding expert works on its few tokens while the generation expert works on its
+    own; the result is the same.
     """
     und = und.clone()
-    if side is not None and gen is not None and not torch.is_grad_enabled():
+    if side is not None and gen is not None and gen_layers is not None and not torch.is_grad_enabled():
         return _run_beside(und_layers, gen_layers, und, gen, cos, sin, attend, side)
     for i, und_layer in enumerate(und_layers):
-        und, gen = run_layer(
-            i, und_layer, gen_layers[i] if gen is not None else None, und, gen, cos, sin, attend
-        )
+        gen_layer = None if gen is None or gen_layers is None else gen_layers[i]
+        und, gen = decoder_layer(i, und_layer, gen_layer, und, gen, cos, sin, attend)
     return und, gen
 
 
@@ -288,8 +261,8 @@ def _run_beside(
     split, count = und.shape[1], len(und_layers)
 
     def between(i: int, x: Tensor, attended: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """From the attention of layer i - 1 to that of layer i: the residual stream, and queries, keys and
-        values.
+        """From the attention of layer i - 1 to that of layer i: the residual stream, and the markers' queries,
+        keys and values.
         """
         if attended is not None:
             x = und_layers[i - 1].finish(x, attended)

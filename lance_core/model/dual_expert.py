@@ -9,9 +9,10 @@ between devices.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,21 +21,32 @@ from ..config import LATENT_CHANNELS, MAX_LATENT_SIDE, TIME_FREQUENCIES, Grid, L
 from ..errors import RequestError
 from . import rope
 from .attention import Attention, attention
-from .decoder import ExpertLayer, run_layers
-from .kv_cache import Attend, Context, Region
+from .decoder import expert_layers, run_layers
+from .kv_cache import Attend, AttendTargets, Context, Region
 from .ops import TorchOps
 from .sequence import MARKERS, Branch, Kind, Placed, Sequence, TextSegment, merge_text
 from .side_stream import SideStream
 
 
 class Understanding(nn.Module):
-    """The understanding expert: text embeddings, its half of every layer, and the head that writes text."""
+    """The understanding expert: text embeddings, its half of every layer, and the head that writes text.
 
-    def __init__(self, config: LLMConfig, ops=TorchOps, device=None, dtype=None) -> None:
+    joined, apart: which projections are one layer; see `joined.joined_in`.
+    """
+
+    def __init__(
+        self,
+        config: LLMConfig,
+        ops: Any = TorchOps,
+        device: Any = None,
+        dtype: Any = None,
+        joined: bool = True,
+        apart: Collection[str] = (),
+    ) -> None:
         super().__init__()
         kw = {"device": device, "dtype": dtype}
         self.embed_tokens = ops.Embedding(config.vocab_size, config.hidden_size, **kw)
-        self.layers = nn.ModuleList(ExpertLayer(config, ops, **kw) for _ in range(config.num_layers))
+        self.layers = expert_layers(config, ops, **kw, joined=joined, apart=apart)
         self.norm = ops.RMSNorm(config.hidden_size, eps=config.rms_eps, **kw)
         self.lm_head = ops.Linear(config.hidden_size, config.vocab_size, bias=False, **kw)
 
@@ -42,7 +54,7 @@ class Understanding(nn.Module):
 class TimeEmbedder(nn.Module):
     """Timestep in 0..1 -> hidden, by sinusoids and a two-layer MLP."""
 
-    def __init__(self, hidden: int, ops=TorchOps, device=None, dtype=None) -> None:
+    def __init__(self, hidden: int, ops: Any = TorchOps, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
         kw = {"device": device, "dtype": dtype}
         self.mlp = nn.Sequential(
@@ -55,13 +67,24 @@ class TimeEmbedder(nn.Module):
 
 
 class Generation(nn.Module):
-    """The generation expert: latents in, its half of every layer, velocity out."""
+    """The generation expert: latents in, its half of every layer, velocity out.
 
-    def __init__(self, config: LLMConfig, ops=TorchOps, device=None, dtype=None) -> None:
+    joined, apart: which projections are one layer; see `joined.joined_in`.
+    """
+
+    def __init__(
+        self,
+        config: LLMConfig,
+        ops: Any = TorchOps,
+        device: Any = None,
+        dtype: Any = None,
+        joined: bool = True,
+        apart: Collection[str] = (),
+    ) -> None:
         super().__init__()
         kw = {"device": device, "dtype": dtype}
         hidden = config.hidden_size
-        self.layers = nn.ModuleList(ExpertLayer(config, ops, **kw) for _ in range(config.num_layers))
+        self.layers = expert_layers(config, ops, **kw, joined=joined, apart=apart)
         self.norm = ops.RMSNorm(hidden, eps=config.rms_eps, **kw)
         self.time_embedder = TimeEmbedder(hidden, ops, **kw)
         self.vae2llm = ops.Linear(LATENT_CHANNELS, hidden, **kw)
@@ -324,16 +347,7 @@ class DualExpert:
         und = first.markers.expand(len(rows), -1, -1)
         ropes = [r.prepared.rope[r.branch] for r in rows]
         cos, sin = (torch.cat(part) for part in zip(*ropes, strict=True))
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            out = torch.empty_like(q)
-            for i, row in enumerate(rows):
-                one = slice(i, i + 1)
-                out[one] = row.prepared.context.attend_target(
-                    layer, row.branch, q[one], k[one], v[one], self.attention
-                )
-            return out
-
+        attend = AttendTargets([(r.prepared.context, r.branch) for r in rows], self.attention)
         _, gen = run_layers(self.und.layers, expert.layers, und, gen, cos, sin, attend, self.side)
         return expert.llm2vae(expert.norm(gen)).float().unflatten(1, x.shape[1:4])
 

@@ -1,24 +1,27 @@
 """The context's keys and values, computed once and read-only while denoising.
 
-One buffer a layer serves both guidance branches, whose contexts differ only from the caption on:
+One buffer a layer serves both branches of guidance, whose contexts differ only from the caption on:
 
-    [ second branch's rest | shared prefix | target | first branch's rest ]
+    [ unconditional rest | shared prefix | target | conditional rest ]
 
-Once rope is applied, attention does not care about order, so each branch is one contiguous slice of the
-buffer, its target keys included, and nothing is copied per step. The target's slot is written by each row in
-turn just before its attention; rows of a batch therefore share it.
+Once rope is applied, attention does not depend on order, so each branch with its target is one contiguous slice
+of the buffer, and nothing is copied per step. Each row writes the target's place just before its attention;
+rows of a batch therefore share it.
+
+What a decoder layer attends to is an `Attend`, one of the three classes at the end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .attention import Attention
+from .attention import Attention, fold_groups, unfold_groups
 from .sequence import Branch
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer, q, k, v -> attention's result
@@ -87,28 +90,17 @@ class Context:
 
     @contextmanager
     def extend(self, region: Region, tokens: int, causal: bool, attention: Attention) -> Iterator[Attend]:
-        """An `Attend` that appends a block of `tokens` to a region: the shared prefix, or a branch's rest.
+        """Attention that appends a block of `tokens` to a region: the shared prefix, or a branch's rest.
 
-        The block sees the prefix, what stands before it in its region, and itself, causally or all to all.
-        Blocks become part of the context when the `with` body ends without an exception.
+        The block sees the prefix, what stands before it in its region, and itself, causally or all to all. It
+        becomes part of the context when the `with` body ends without an exception.
         """
-        begin, end = region.end, region.end + tokens
         if tokens > region.free:
             raise ValueError(
                 f"a block of {tokens} tokens does not fit: {region.free} of "
                 f"{region.stop - region.start} are free"
             )
-        before, own = slice(self.prefix.start, self.prefix.end), slice(region.start, end)
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            both = []
-            for buffer, new in ((self.keys[layer], k), (self.values[layer], v)):
-                buffer[begin:end] = new[0]
-                seen = buffer[own] if region is self.prefix else torch.cat([buffer[before], buffer[own]])
-                both.append(seen[None])
-            return attention(q, *both, causal)
-
-        yield attend
+        yield AppendBlock(self, region, tokens, causal, attention)
         region.filled += tokens
 
     def attend_target(
@@ -126,3 +118,69 @@ class Context:
         values[self.target] = v[0]
         view = self.views[branch]
         return attention(q, keys[view][None], values[view][None], False)
+
+
+class AppendBlock:
+    """An `Attend` that writes a block's keys and values behind a region, and attends to all before them."""
+
+    def __init__(
+        self, context: Context, region: Region, tokens: int, causal: bool, attention: Attention
+    ) -> None:
+        self.context, self.causal, self.attention = context, causal, attention
+        self.shared = region is context.prefix
+        self.prefix = slice(context.prefix.start, context.prefix.end)
+        self.new, self.own = slice(region.end, region.end + tokens), slice(region.start, region.end + tokens)
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys = self._append(self.context.keys[layer], k)
+        return self.attention(q, keys, self._append(self.context.values[layer], v), self.causal)
+
+    def _append(self, buffer: Tensor, new: Tensor) -> Tensor:
+        buffer[self.new] = new[0]
+        seen = buffer[self.own] if self.shared else torch.cat([buffer[self.prefix], buffer[self.own]])
+        return seen[None]
+
+
+class AttendTargets:
+    """An `Attend` for rows of noisy latents, each with its own (context, branch)."""
+
+    def __init__(self, rows: Sequence[tuple[Context, Branch]], attention: Attention) -> None:
+        self.rows, self.attention = rows, attention
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = torch.empty_like(q)
+        for i, (context, branch) in enumerate(self.rows):
+            one = slice(i, i + 1)
+            out[one] = context.attend_target(layer, branch, q[one], k[one], v[one], self.attention)
+        return out
+
+
+class AppendToken:
+    """An `Attend` that appends one token to the prefix, and attends over the whole buffer with what is not
+    there yet masked: shapes and addresses are the same for every token, so that it can be recorded as a graph.
+
+    The caller moves `slot` on and keeps the region's count.
+    """
+
+    def __init__(self, context: Context, device: torch.device, dtype: torch.dtype) -> None:
+        self.context, begin = context, context.prefix.end
+        self.slot = torch.full((1,), begin, device=device)
+        bias = torch.full((1, 1, 1, context.prefix.stop), float("-inf"), device=device, dtype=dtype)
+        self.bias = bias.index_fill_(-1, torch.arange(begin, device=device), 0)
+        for buffer in (*context.keys, *context.values):  # a masked NaN would still be one
+            buffer[begin:].zero_()
+
+    def show(self) -> None:
+        """Unmask the slot that the token about to come is written to."""
+        self.bias.index_fill_(-1, self.slot, 0)
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys, values = self.context.keys[layer], self.context.values[layer]
+        keys.index_copy_(0, self.slot, k[0])
+        values.index_copy_(0, self.slot, v[0])
+        heads, groups = q.shape[2], keys.shape[1]
+        # Queries of one key head side by side: backends that take a mask know no grouped heads.
+        out = F.scaled_dot_product_attention(
+            fold_groups(q, groups), keys[None].transpose(1, 2), values[None].transpose(1, 2), self.bias
+        )
+        return unfold_groups(out, heads)

@@ -1,22 +1,19 @@
-"""One text token after another behind a question: what is the same for all of them is made once.
+"""One text token after another behind a question; the rope tables are made once for all of them.
 
-The plain loop attends over what is there and grows. The fixed loop always attends over the whole room with
-what is not there yet
-masked, and keeps its state on the device: every step has the same shapes and addresses, so a GPU can record
-it as a graph and replay it without Python.
+The plain loop attends to the tokens so far, and grows. The fixed loop always attends to the whole room with the
+rest masked, and keeps its state on the device: every step has the same shapes and addresses, so that a GPU can
+record it as a graph and replay it without Python.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import rope
-from .attention import fold_groups, unfold_groups
 from .decoder import run_layers
 from .dual_expert import DualExpert
-from .kv_cache import Context
+from .kv_cache import AppendToken, Context
 
 WARM_UPS = 3  # before recording, so that libraries and compilers have chosen their kernels
 
@@ -42,11 +39,7 @@ class TokenLoop:
         if fixed:
             self.token = torch.zeros(1, 1, dtype=torch.long, device=device)
             self.step = torch.zeros(1, dtype=torch.long, device=device)
-            self.slot = torch.full((1,), context.prefix.end, device=device)
-            bias = torch.full((1, 1, 1, context.prefix.stop), float("-inf"), device=device, dtype=model.dtype)
-            self.bias = bias.index_fill_(-1, torch.arange(int(self.slot), device=device), 0)
-            for buffer in (*context.keys, *context.values):  # a masked NaN would still be one
-                buffer[int(self.slot) :].zero_()
+            self.attend = AppendToken(context, device, model.dtype)
             self.recorded = self._record() if device.type == "cuda" and self.room else None
 
     def __call__(self, token: int) -> Tensor:
@@ -89,25 +82,13 @@ class TokenLoop:
 
     def _fixed(self) -> Tensor:
         """Append `token` and count on, all of it on the device."""
-        model, context = self.model, self.context
-        self.bias.index_fill_(-1, self.slot, 0)
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keys, values = context.keys[layer], context.values[layer]
-            keys.index_copy_(0, self.slot, k[0])
-            values.index_copy_(0, self.slot, v[0])
-            heads, groups = q.shape[2], keys.shape[1]
-            # Queries of one key head side by side: backends that take a mask know no grouped heads.
-            out = F.scaled_dot_product_attention(
-                fold_groups(q, groups), keys[None].transpose(1, 2), values[None].transpose(1, 2), self.bias
-            )
-            return unfold_groups(out, heads)
-
+        model = self.model
+        self.attend.show()
         cos, sin = (table.index_select(0, self.step) for table in (self.cos, self.sin))
         und = model.und.embed_tokens(self.token).to(model.dtype)
-        hidden, _ = run_layers(model.und.layers, None, und, None, cos, sin, attend)
+        hidden, _ = run_layers(model.und.layers, None, und, None, cos, sin, self.attend)
         logits = model.logits(hidden)
-        self.slot += 1
+        self.attend.slot += 1
         self.step += 1
         return logits
 
@@ -115,7 +96,7 @@ class TokenLoop:
         """A step as a CUDA graph and where it leaves its logits (docs.pytorch.org, "CUDA Graphs"). The state
         is as before.
         """
-        state = (self.slot, self.step, self.bias)
+        state = (self.attend.slot, self.step, self.attend.bias)
         before = [t.clone() for t in state]
 
         def restore() -> None:
