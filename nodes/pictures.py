@@ -4,7 +4,6 @@ models.
 
 from __future__ import annotations
 
-import comfy.latent_formats
 import comfy.model_management as mm
 import numpy as np
 import torch
@@ -17,8 +16,6 @@ from ..lance_core.inputs import media, preprocess
 from ..lance_core.model.sequence import Kind, Role, Segment, VisualSegment
 from . import host
 from .types import EDIT, QUESTION, Lance, Vision
-
-LATENT_CHANNELS = comfy.latent_formats.Wan22.latent_channels
 
 
 def to_bytes(images: Tensor, mask: Tensor | None = None) -> np.ndarray:
@@ -171,43 +168,3 @@ def encode_frames(vae, frames: np.ndarray) -> Tensor:
             "The VAE gave NaN or infinity while encoding: its file is damaged, or fp16 overflowed."
         )
     return latent
-
-
-def decode_latent(vae, samples: Tensor) -> Tensor:
-    """Pixels [n, h, w, 3] of LATENT samples, a batch's results one after the other.
-
-    Raises:
-        RequestError: the VAE or the latent is another model's.
-    """
-    check_vae(vae)
-    check_latent(samples)
-    frames = vae.decode(samples.unsqueeze(2) if samples.ndim == 4 else samples)
-    return frames.reshape(-1, *frames.shape[-3:])
-
-
-def check_vae(vae) -> None:
-    """Refuse a VAE that is not Wan2.2's."""
-    if getattr(vae, "latent_channels", None) != LATENT_CHANNELS:
-        raise RequestError(
-            "This VAE is not Wan2.2's: connect the VAE of Lance Loader, or load wan2.2_vae.safetensors."
-        )
-
-
-def check_latent(samples: Tensor) -> None:
-    """Refuse another model's latent."""
-    if samples.ndim not in (4, 5) or samples.shape[1] != LATENT_CHANNELS:
-        raise RequestError(
-            f"The latent has shape {list(samples.shape)}, Lance's have [batch, {LATENT_CHANNELS} channels, "
-            "frames, height, width]: "
-            "connect the latent of a sampler that ran Lance; to start with, use Empty Lance Latent."
-        )
-
-
-def normalised(latent: Tensor) -> Tensor:
-    """LATENT samples -> what the model sees."""
-    return comfy.latent_formats.Wan22().process_in(latent.float())
-
-
-def empty_latent(grid: tuple[int, int, int], batch: int = 1) -> Tensor:
-    """Samples of an empty LATENT [batch, 48, t, h, w]."""
-    return torch.zeros(batch, LATENT_CHANNELS, *grid, device=mm.intermediate_device())
