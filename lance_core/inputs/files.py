@@ -58,7 +58,7 @@ def damaged(name: str, error: BaseException) -> MediaError:
     """The MediaError for whatever a decoder raised."""
     if isinstance(error, MemoryError):
         return refused(f"{name} takes more memory than there is; scale it down or shorten it.")
-    told = " ".join(f"{type(error).__name__}: {error}".split())
+    told = " ".join(f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}".split())
     if "truncated" in told.lower() or isinstance(error, EOFError):
         return early_end(name)
     return refused(

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from . import limits
 from .clips import Clip, Pick, Progress, Times, choose, stack
-from .files import decoding, early_end, name_of, refused
+from .files import decoded, decoding, early_end, name_of, refused
 from .images import TimedFile, inflated, load_whole, opened_picture, png_bytes, reduce_jpeg
 from .pixels import check_pixels, rgb_from_image
 
@@ -25,12 +26,13 @@ from .pixels import check_pixels, rgb_from_image
 SHORTEST_MS, INSTEAD_MS = 10, 100
 
 
-class Frames(NamedTuple):
+@dataclass
+class Frames:
     """The frames of a moving picture: how long each is shown in milliseconds, which number Pillow gives the
     first, and whether the file ends before the last.
     """
 
-    durations: list[float]
+    durations: list[float] = field(default_factory=list)
     first: int = 0
     cut: bool = False
 
@@ -46,11 +48,7 @@ def read_moving(source: Any, fps: float | None, pick: Pick | None, progress: Pro
         times = None
         if total > 1:
             check_pixels(image.width, image.height, limits.MAX_MOVING_PIXELS, name)
-            if image.width * image.height * total > limits.MAX_MOVING_WORK:
-                raise refused(
-                    f"{name} has {total} frames of {image.width}x{image.height}, more than a moving picture "
-                    "may have here; save it as MP4."
-                )
+            _check_work(image, total, name)
             shown = [d if d > SHORTEST_MS else INSTEAD_MS for d in found.durations]
             ends = np.cumsum(shown) / 1000
             times = Times([0.0, *ends[:-1].tolist()], float(ends[-1]))
@@ -71,6 +69,9 @@ def _decode(
 ) -> Iterator[np.ndarray]:
     """The picked frames. Every frame before is visited: most are stored as changes to the one before."""
     wanted = {i: picks.count(i) for i in picks}
+    if getattr(image, "rawmode", "") == "RGBX" and total > 1 and hasattr(image, "_mode"):
+        # What no frame of a WebP covers is transparent even where its header speaks of no transparency
+        image.rawmode = image._mode = "RGBA"
     for i in range(picks[-1] + 1):
         file.restart()
         with decoding(name):
@@ -89,89 +90,97 @@ def _decode(
 
 
 def _frames(image: Image.Image, file: TimedFile, name: str, progress: Progress | None) -> Frames:
-    """Count the frames of an opened picture; the file is left where it was."""
+    """Count the frames of an opened picture; the file is left where it was.
 
-    def count(durations: list[float]) -> None:
-        if len(durations) > limits.MAX_MOVING_FRAMES:
+    Raises:
+        MediaError: damaged, or more frames than may be.
+    """
+    found = Frames()
+    scans = {"GIF": _scan_gif, "PNG": _scan_png, "WEBP": _scan_webp}
+    scan = scans.get(image.format or "")
+    position = file.tell()
+    file.restart()
+    if scan is not None:
+        steps = scan(file, found)
+    elif image.format in ("TIFF", "AVIF"):
+        steps = _visit(image, file, name)
+    else:
+        return Frames([0.0])
+    for duration in decoded(steps, name):
+        found.durations.append(duration)
+        count = len(found.durations)
+        if count > limits.MAX_MOVING_FRAMES:
             raise refused(
                 f"{name} has more than {limits.MAX_MOVING_FRAMES:,} frames; save it as MP4 or shorten it."
             )
-        if progress is not None and len(durations) % limits.COUNTED_AT_ONCE == 0:
-            progress(0, len(durations))
-
-    scan = {"GIF": _scan_gif, "PNG": _scan_png, "WEBP": _scan_webp}.get(image.format or "")
-    if scan is None:
-        return _visit(image, file, name, count) if image.format in ("TIFF", "AVIF") else Frames([0.0])
-    position = file.tell()
-    file.restart()
-    with decoding(name):
-        file.seek(0)
-        found = scan(file, count)
+        if progress is not None and count % limits.COUNTED_AT_ONCE == 0:
+            progress(0, count)
+    if scan is not None:
         file.seek(position)
     if not found.durations:
         raise early_end(name)
     return found
 
 
-Count = Callable[[list[float]], None]
-
-
-def _visit(image: Image.Image, file: TimedFile, name: str, count: Count) -> Frames:
+def _visit(image: Any, file: TimedFile, name: str) -> Iterator[float]:
     """Frames that only Pillow can count: a TIFF's pages by seeking, an AVIF's times by decoding."""
-    durations: list[float] = []
-    known = getattr(image, "n_frames", None) if image.format == "AVIF" else None
+    known = image.n_frames if image.format == "AVIF" else None
     if known == 1:
-        return Frames([0.0])
+        yield 0.0
+        return
     if known:
         check_pixels(image.width, image.height, limits.MAX_MOVING_PIXELS, name)
-        if known > limits.MAX_MOVING_FRAMES or image.width * image.height * known > limits.MAX_MOVING_WORK:
-            raise refused(f"{name} has {known} frames, more than a moving picture may have; save it as MP4.")
-    while known is None or len(durations) < known:
+        _check_work(image, known, name)
+    count = 0
+    while known is None or count < known:
         file.restart()
-        with decoding(name):
-            try:
-                image.seek(len(durations))
-            except EOFError:
-                break
-            if known:
-                image.load()
-        durations.append(float(image.info.get("duration", 0)))
-        count(durations)
-    with decoding(name):
-        image.seek(0)
-    return Frames(durations)
+        try:
+            image.seek(count)
+        except EOFError:
+            break
+        if known:
+            image.load()
+        count += 1
+        yield float(image.info.get("duration", 0))
+    image.seek(0)
 
 
-def _scan_gif(file: TimedFile, count: Count) -> Frames:
-    """The frames of a GIF whose data is all there, with their delays."""
+def _check_work(image: Image.Image, total: int, name: str) -> None:
+    if image.width * image.height * total > limits.MAX_MOVING_WORK:
+        raise refused(
+            f"{name} has {total} frames of {image.width}x{image.height}, more than a moving picture may have "
+            "here; save it as MP4."
+        )
+
+
+def _scan_gif(file: TimedFile, found: Frames) -> Iterator[float]:
+    """The delays of the frames of a GIF whose data is all there."""
     file.seek(10)
-    packed = file.read(3)
-    _skip_palette(file, packed[0])
-    durations: list[float] = []
+    _skip_palette(file, file.read(3)[0])
     delay, strange = 0, 0
     while True:
         kind = file.read(1)
         if kind == b";":
-            return Frames(durations)
+            return
         if kind == b"!":
             label, size = file.read(1), file.read(1)
             if label == b"\xf9" and size == b"\x04":
                 delay = struct.unpack_from("<xH", file.read(4))[0]
                 size = file.read(1)
-            whole = not size or _skip_blocks(file, size)
+            whole = _skip_blocks(file, size)
         elif kind == b",":
             _skip_palette(file, file.read(9)[8])
             file.read(1)
             whole = _skip_blocks(file, file.read(1))
             if whole:
-                durations.append(delay * 10.0)
-                count(durations)
+                yield delay * 10.0
             delay = 0
         else:  # what Pillow passes over as well
             strange += 1
             whole = bool(kind) and strange < 1000
         if not whole:
-            return Frames(durations, cut=True)
+            found.cut = True
+            return
 
 
 def _skip_palette(file: TimedFile, packed: int) -> None:
@@ -180,7 +189,7 @@ def _skip_palette(file: TimedFile, packed: int) -> None:
 
 
 def _skip_blocks(file: TimedFile, size: bytes) -> bool:
-    """Go past blocks, each led by its size, to the empty one; False if the file ends before."""
+    """Go past blocks, each led by its size, to the empty one; False if the file ends before that."""
     while size and size[0]:
         if len(file.read(size[0])) < size[0]:
             return False
@@ -188,14 +197,13 @@ def _skip_blocks(file: TimedFile, size: bytes) -> bool:
     return bool(size)
 
 
-def _scan_png(file: TimedFile, count: Count) -> Frames:
-    """The frames of an APNG whose rows are all there, with their delays; one of a still PNG.
+def _scan_png(file: TimedFile, found: Frames) -> Iterator[float]:
+    """The delays of the frames of an APNG whose rows are all there; one of a still PNG.
 
     A picture that comes before the first frame's header is for programs that show no movement.
     """
     header: tuple[int, ...] = ()
-    durations: list[float] = []
-    stated, fallback = 0, 0
+    stated, there = 0, 0
     missing, inflate, waiting = 0, zlib.decompressobj(), 0.0
     file.seek(8)
     while True:
@@ -210,7 +218,7 @@ def _scan_png(file: TimedFile, count: Count) -> Frames:
         elif kind == b"IEND" or (kind == b"IDAT" and not stated):
             break
         elif kind == b"IDAT" and not missing:
-            fallback = 1
+            found.first = 1
         elif kind == b"fcTL":
             _, width, height, _, _, over, under = struct.unpack(">5I2H", file.read(24))
             missing, inflate = png_bytes(width, height, *header[2:]), zlib.decompressobj()
@@ -219,27 +227,29 @@ def _scan_png(file: TimedFile, count: Count) -> Frames:
             skipped = len(file.read(4)) if kind == b"fdAT" else 0
             missing -= inflated(inflate, file, size - skipped, missing)
             if missing <= 0:
-                durations.append(waiting)
-                count(durations)
                 missing = 0
+                there += 1
                 file.restart()
+                if there <= stated:
+                    yield waiting
         file.seek(end)
     if not stated:
-        return Frames([0.0])
-    if len(durations) < stated and whole:
-        raise ValueError(f"{len(durations)} of its {stated} frames are there")
-    return Frames(durations[:stated], fallback, len(durations) < stated)
+        yield 0.0
+    elif there < stated and whole:
+        raise ValueError(f"{there} of its {stated} frames are there")
+    found.cut = there < stated
 
 
-def _scan_webp(file: TimedFile, count: Count) -> Frames:
-    """The frames of a WebP with their durations."""
-    durations: list[float] = []
+def _scan_webp(file: TimedFile, _: Frames) -> Iterator[float]:
+    """The durations of the frames of a WebP."""
+    moving = False
     file.seek(12)
     while len(head := file.read(8)) == 8:
         size = struct.unpack("<I", head[4:])[0]
         end = file.tell() + size + size % 2
         if head[:4] == b"ANMF":
-            durations.append(float(int.from_bytes(file.read(15)[12:15], "little")))
-            count(durations)
+            moving = True
+            yield float(int.from_bytes(file.read(15)[12:15], "little"))
         file.seek(end)
-    return Frames(durations or [0.0])
+    if not moving:
+        yield 0.0

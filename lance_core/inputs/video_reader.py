@@ -33,6 +33,12 @@ ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own leave th
 STRANGEST_ASPECT = 8  # a pixel shape beyond this is a damaged header's
 LEAST_ASPECT = 1.1  # pixels nearer to square than this stay as the released reader gives them
 MOST_STATED_FPS = 1000
+UNTURNED = (1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
+TS_PACKETS = (
+    188,
+    192,
+    204,
+)  # bytes of a transport stream's packets; with a time stamp; with error correction
 
 
 class Stream(NamedTuple):
@@ -93,7 +99,7 @@ def _count(source: Any, name: str, progress: Progress | None) -> Stream:
         times: list[float | None] = []
         lengths: list[float] = []
         written = 0
-        begin, end = float("inf"), 0.0  # of all streams: sound may go on after the picture
+        begin, end = float("inf"), float("-inf")  # of all streams: sound may go on after the picture
         for packet in decoded(container.demux(), name):
             if not packet.size:
                 continue
@@ -122,14 +128,18 @@ def _count(source: Any, name: str, progress: Progress | None) -> Stream:
             )
         stated = float(stream.average_rate or 0)
         declared = (container.duration or 0) / av.time_base
-    note = _cut(name, declared, end - begin) if end > begin else None
+        broken = container.format.name == "mpegts" and all(container.size % size for size in TS_PACKETS)
+    read = max(end - begin, 0.0)
+    note = _cut(name, declared, read) if times and end >= begin else None
+    if broken and not note:
+        note = f"{name} is cut off: it ends inside a packet; {read:.1f} seconds were read."
     known = stated if 0 < stated <= MOST_STATED_FPS else None
     return Stream(len(times), _times(times, lengths), known, note)
 
 
 def _cut(name: str, declared: float, read: float) -> str | None:
     """What to say of a file whose header tells of more seconds than its packets have."""
-    if read >= declared - max(1.0, declared / 20):
+    if read >= declared - max(0.25, declared / 100):
         return None
     told = f"{name} is cut off: {read:.1f} of {declared:.1f} seconds are there"
     if read < declared / 20:
@@ -179,10 +189,12 @@ def _decode(
         nonlocal done
         stream = _stream(container, name)
         kept = 0
+        matrix: tuple[int, ...] = ()
         for frame in decoded(_frames(container, stream), name):
             if kept < len(picks) and picks[kept] == len(shown):
                 with decoding(name):
-                    pixels = _pixels(frame, _aspect(stream))
+                    matrix = matrix or _matrix(frame)
+                    pixels = _pixels(frame, _aspect(stream), matrix)
                 while kept < len(picks) and picks[kept] == len(shown):  # a slow clip shows a frame repeatedly
                     kept += 1
                     yield pixels
@@ -201,15 +213,12 @@ def _decode(
 def _frames(container: Any, stream: Any) -> Iterator[Any]:
     """Every frame of a stream."""
     context = stream.codec_context
-    large = context.width * context.height > limits.SINGLE_THREAD_PIXELS
+    pixels = context.width * context.height
     other = ALPHA_DECODERS.get(context.name) if stream.metadata.get("alpha_mode") == "1" else None
     if other in av.codecs_available:
         context = av.CodecContext.create(other, "r")
-        context.thread_count = 1
-    elif large:
-        context.thread_count = 1
-    else:
-        context.thread_type = "AUTO"
+    context.thread_count = next((threads for limit, threads in limits.THREADS if pixels <= limit), 1)
+    context.thread_type = "AUTO"
     context.options = {"max_pixels": str(limits.MAX_VIDEO_PIXELS)}
     for packet in container.demux(stream):
         if packet.size or packet.dts is None:
@@ -223,16 +232,24 @@ def _aspect(stream: Any) -> Fraction:
     return aspect if LEAST_ASPECT < distortion <= STRANGEST_ASPECT else Fraction(1)
 
 
-def _pixels(frame: Any, aspect: Fraction = Fraction(1)) -> np.ndarray:
+def _matrix(frame: Any) -> tuple[int, ...]:
+    """A frame's display matrix, which turns and mirrors it.
+
+    Asked of one frame of a clip only: PyAV ties a frame to its side data in a circle, so that its memory stays
+    until Python next looks for such.
+    """
+    found = frame.side_data.get(SideData.DISPLAYMATRIX)
+    return struct.unpack("=9i", bytes(found)) if found is not None else UNTURNED
+
+
+def _pixels(frame: Any, aspect: Fraction, matrix: tuple[int, ...]) -> np.ndarray:
     """A decoded frame as upright uint8 [H, W, 3], with square pixels and transparency on white."""
     alpha = frame.format.has_palette or any(c.is_alpha for c in frame.format.components)
     size = {} if aspect == 1 else {"width": max(round(frame.width * aspect), 1), "height": frame.height}
     levels = frame.to_ndarray(
         format="rgba" if alpha else "rgb24", interpolation=Interpolation.BICUBIC, **size
     )
-    pixels = rgb_from_image(Image.fromarray(levels)) if alpha else levels
-    matrix = frame.side_data.get(SideData.DISPLAYMATRIX)
-    return pixels if matrix is None else _turned(pixels, struct.unpack("=9i", bytes(matrix)))
+    return _turned(rgb_from_image(Image.fromarray(levels)) if alpha else levels, matrix)
 
 
 def _turned(pixels: np.ndarray, matrix: tuple[int, ...]) -> np.ndarray:
