@@ -2,7 +2,8 @@
 
 Written for 0.3.60 to 0.38. Features are tested for, never versions.
 
-A *ComfyUI subclass* is a class made at run time over one of ComfyUI's, because which one that is depends on the version, the
+A *ComfyUI subclass* is a class made at run time over one of ComfyUI's, because which one that is depends on
+the version, the
 device or the dtype: its layers, its quantised layer, its patcher. Each is made once for its base (`@cache`).
 """
 
@@ -11,11 +12,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import comfy.model_management as mm
 import comfy.model_patcher
 import comfy.ops
+import comfy.sample
 import comfy.utils
 import torch
 import torch.nn.functional as F
@@ -32,6 +34,11 @@ try:
     from comfy import quant_ops
 except ImportError:  # 0.3.64 has none
     quant_ops = None
+
+if TYPE_CHECKING:
+    from comfy.ops import mixed_precision_ops as _Layer
+else:
+    _Layer = object  # which class stands behind is known only at run time
 
 FLOAT_DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -99,23 +106,26 @@ def _operations(picked: Any, compute: torch.dtype) -> type:
 
 
 def planned(linear: Any) -> tuple[torch.dtype, bool]:
-    """(dtype, whether it has a bias) of a linear layer without weights; on newer ComfyUIs it has no parameters yet."""
+    """(dtype, whether it has a bias) of a linear layer without weights; on newer ComfyUIs it has no
+    parameters yet.
+    """
     dtype = linear.weight.dtype if linear.weight is not None else linear.weight_comfy_model_dtype
     return dtype, linear.bias is not None or getattr(linear, "comfy_need_lazy_init_bias", False)
 
 
-# -- quantised layers -----------------------------------------------------------------------------------------
+# -- quantised layers
+# -----------------------------------------------------------------------------------------
 
 FORMAT_NAMES = {"fp8": "float8_e4m3fn"}  # of ComfyUI, where our files use an older form, which has none
 
 
 @cache
 def quantised_linear(dtype: torch.dtype, lora_adding: type) -> Any | None:
-    """A ComfyUI subclass of its linear layer for quantised weights, which dequantises to a dtype; None where ComfyUI has
-    no such layer, as 0.3.64.
+    """A ComfyUI subclass of its linear layer for quantised weights, which dequantises to a dtype; None where
+    ComfyUI has no such layer, as 0.3.64.
 
-    lora_adding: a class with `patched(weight)`, a dequantised weight with its LoRAs, `take_lora(key, patches)`, and
-    `set_weight` for weights that are patched permanently.
+    lora_adding: a class with `patched(weight)`, a dequantised weight with its LoRAs, `take_lora(key,
+    patches)`, and `set_weight` for weights that are patched permanently.
     """
     known = hasattr(quant_ops, "get_layout_class") and hasattr(quant_ops.QuantizedTensor, "dequantize")
     if not known:
@@ -124,8 +134,9 @@ def quantised_linear(dtype: torch.dtype, lora_adding: type) -> Any | None:
     return type("ComfyQuantLinear", (_WeightOnly, lora_adding, native), {})
 
 
-class _WeightOnly:
-    """In front of ComfyUI's quantised layer, whose `weight` is a tensor that knows its scales and how to dequantise itself.
+class _WeightOnly(_Layer):
+    """In front of ComfyUI's quantised layer, whose `weight` is a tensor that knows its scales and how to
+    dequantise itself.
 
     The names overridden here are private to ComfyUI and have changed before.
     """
@@ -138,15 +149,17 @@ class _WeightOnly:
     patched: Callable[[Tensor], Tensor]
     take_lora: Callable[[str, dict | None], None]
 
-    def __init__(self, format: Format, in_features: int, out_features: int, bias: bool, dtype: torch.dtype) -> None:
+    def __init__(
+        self, format: Format, in_features: int, out_features: int, bias: bool, dtype: torch.dtype
+    ) -> None:
         # Without a device: ComfyUI moves what is loaded.
-        super().__init__(in_features, out_features, bias=bias)  # type: ignore[call-arg]
+        super().__init__(in_features, out_features, bias=bias)
         self.format, self.patched_dtype, self.matrix = format, dtype, (out_features, in_features)
 
     def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *args: Any) -> None:
         named = dataclasses.replace(self.format, host=self.format.host or FORMAT_NAMES[self.format.name])
         try:
-            super()._load_from_state_dict({**state, f"{prefix}comfy_quant": marker(named)}, prefix, *args)  # type: ignore[misc]
+            super()._load_from_state_dict({**state, f"{prefix}comfy_quant": marker(named)}, prefix, *args)
         except (KeyError, ValueError):  # ComfyUI does not know this format; names are checked in Checkpoint
             parts = {name: state[prefix + name] for name in self.format.layout(*self.matrix)}
             weight = _quantised_tensor(self.format, parts, self.matrix, self.patched_dtype)
@@ -157,7 +170,7 @@ class _WeightOnly:
 
     def set_weight(self, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
         if not kwargs.get("return_weight"):
-            return super().set_weight(weight)  # type: ignore[misc]
+            return super().set_weight(weight)
         # To be saved, in the form that the layer has there.
         return _quantised_tensor(self.format, self.format.encode(weight), self.matrix, self.patched_dtype)
 
@@ -177,16 +190,18 @@ class _WeightOnly:
 def _quantised_tensor(
     format: Format, parts: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype
 ) -> Tensor:
-    """A weight [N, K] of a format that ComfyUI does not know, as its kind of tensor, told how to dequantise it."""
+    """A weight [N, K] of a format that ComfyUI does not know, as its kind of tensor, told how to dequantise
+    it.
+    """
     names = [name for name in format.layout(*shape) if name != "weight"]
     name, layout = _layout(format, tuple(names))
     scale, *others = (parts[name] for name in names)
-    params = layout.Params(scale, dtype, shape, *others)  # type: ignore[attr-defined]
+    params = layout.Params(scale, dtype, shape, *others)
     return quant_ops.QuantizedTensor(parts["weight"], name, params)
 
 
 @cache
-def _layout(format: Format, names: tuple[str, ...]) -> tuple[str, type]:
+def _layout(format: Format, names: tuple[str, ...]) -> tuple[str, Any]:
     """ComfyUI's description of a format whose side tensors have these names, and the name it has there."""
     from comfy_kitchen.tensor import BaseLayoutParams
 
@@ -209,7 +224,9 @@ def _layout(format: Format, names: tuple[str, ...]) -> tuple[str, type]:
         @classmethod
         def state_dict_tensors(cls, qdata: Tensor, params: Any) -> dict[str, Tensor]:
             pairs = zip(names, fields, strict=True)
-            return {"": qdata} | {name.removeprefix("weight"): getattr(params, field) for name, field in pairs}
+            return {"": qdata} | {
+                name.removeprefix("weight"): getattr(params, field) for name, field in pairs
+            }
 
     name = f"Lance{format.name}"
     quant_ops.register_layout_class(name, Layout)
@@ -221,15 +238,18 @@ def _dequantised(weight: Tensor) -> Tensor:
     return weight.dequantize() if isinstance(weight, quant_ops.QuantizedTensor) else weight
 
 
-# -- VAE ------------------------------------------------------------------------------------------------------
+# -- VAE
+# ------------------------------------------------------------------------------------------------------
 
 
 def set_up_vae(
     vae: Any, config: VAEConfig, encode_bytes: Callable[..., int], decode_bytes: Callable[..., int]
 ) -> None:
-    """Give a comfy.sd.VAE all that its own constructor would, which insists on the widths of the VAEs it knows.
+    """Give a comfy.sd.VAE all that its own constructor would, which insists on the widths of the VAEs it
+    knows.
 
-    encode_bytes, decode_bytes: (shape, dtype) -> bytes of one pass. Attributes that only newer versions read are set for
+    encode_bytes, decode_bytes: (shape, dtype) -> bytes of one pass. Attributes that only newer versions read
+    are set for
     all: the older ones do not look at them.
     """
     time, space = config.temporal_ratio, config.spatial_ratio
@@ -251,14 +271,16 @@ def set_up_vae(
     vae.handles_tiling, vae.format_encoded = False, None
 
 
-# -- attention and services -----------------------------------------------------------------------------------
+# -- attention and services
+# -----------------------------------------------------------------------------------
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
-    """`lance_core.model.attention.attention` by ComfyUI's attention, so that the user's choice of backend holds.
+    """`lance_core.model.attention.attention` by ComfyUI's attention, so that the user's choice of backend
+    holds.
 
-    Query heads that share a key head are laid one after the other along the queries, so keys are never expanded and any
-    backend will do. The user's interrupt is checked here, once a layer.
+    Query heads that share a key head are laid one after the other along the queries, so keys are never
+    expanded and any backend will do. The user's interrupt is checked here, once a layer.
     """
     if not torch.compiler.is_compiling():
         mm.throw_exception_if_processing_interrupted()
@@ -274,6 +296,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
     return unfold_groups(
         optimized_attention(q, k, v, groups, mask=mask, skip_reshape=True, skip_output_reshape=True), heads
     )
+
+
+def fix_empty_latent(patcher: Any, latent: dict[str, Any]) -> Tensor:
+    """The samples of a LATENT, an empty one of another model given the channels and size of ours."""
+    return comfy.sample.fix_empty_latent_channels(patcher, latent["samples"])
 
 
 def progress(total: int | None = None) -> Callable[[int, int], None]:

@@ -1,14 +1,15 @@
 """CONDITIONING that carries a Lance prompt, and how it becomes a context when sampling starts.
 
-A conditioning is `[[ones(1, 1, 1), {"lance": Prompt}]]`: stock nodes combine, time and zero it like any other.
+A conditioning is `[[ones(1, 1, 1), {"lance": Prompt}]]`: stock nodes combine, time and zero it like any
+other.
 
-    Lance Text Encode      Encoded: token ids of the prompt and of the negative, and what the model sees of pictures
-    CONDITIONING           Prompt: one branch of an Encoded
-    sampling starts        Run: an Encoded planned for the latent's size; its context is filled by the first model call
-    a model call           RowsCond: the runs and branches that the call's rows belong to
+    Lance Text Encode   Encoded: token ids of the prompt and the negative, embeddings of pictures
+    CONDITIONING        Prompt: one branch of an Encoded
+    sampling starts     Run: an Encoded planned for the latent's size, its context filled by the first model call
+    a model call        RowsCond: the runs and branches that the call's rows belong to
 
-Keys and values are computed anew at the start of every sampling run, because LoRAs may have changed the weights, and
-once for the positive and negative of one encode, which share their prefix.
+Keys and values are computed anew at the start of every sampling run, because LoRAs may have changed the
+weights, and once for the positive and negative of one encode, which share their prefix.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ KEY = "lance"
 class Encoded:
     """One encode, both of its branches: everything but the target's size, which the latent brings.
 
-    sequence: the context as token ids and embeddings; its target is a placeholder. negative: token ids of the negative
-    prompt, None for the trained unconditional sequence. video: what the prompt was encoded for.
+    sequence: the context as token ids and embeddings; its target is a placeholder. negative: token ids of the
+    negative prompt, None for the trained unconditional sequence. video: what the prompt was encoded for.
     """
 
     sequence: Sequence
@@ -60,14 +61,16 @@ class Encoded:
         resolve_frames(frames)
         if not self.video and grid[0] > 1:
             raise RequestError(
-                f"The latent has {grid[0]} latent frames and the prompt was encoded for an image: set Lance Text "
+                f"The latent has {grid[0]} latent frames and the prompt was encoded for an image: set Lance "
+                "Text "
                 "Encode's target to video, or frames to 1 on the latent."
             )
         for segment in clean_latents(self.sequence.context):
             if segment.role is Role.SOURCE and segment.grid != grid:
                 raise RequestError(
                     f"The latent is {size_text(grid)} and what is to be edited was encoded as "
-                    f"{size_text(segment.grid)}: connect the LATENT output of Lance Vision Encode to the sampler."
+                    f"{size_text(segment.grid)}: connect the LATENT output of Lance Vision Encode to the "
+                    "sampler."
                 )
 
     @property
@@ -79,7 +82,9 @@ class Encoded:
     def context_tokens(self) -> int:
         """Tokens whose keys and values the context of both branches holds; the target is not among them."""
         context, split = self.sequence.context, self.sequence.caption
-        again = sum(s.length for s in context[split:] if s.role is not Role.CAPTION)  # after the caption, in both
+        again = sum(
+            s.length for s in context[split:] if s.role is not Role.CAPTION
+        )  # after the caption, in both
         return sum(s.length for s in context) + again + len(self.negative or ())
 
 
@@ -91,7 +96,9 @@ def size_text(grid: Grid) -> str:
 
 @dataclass(eq=False)
 class Prompt:
-    """What a conditioning carries: one branch of an encode. A zeroed conditioning is the trained unconditional one."""
+    """What a conditioning carries: one branch of an encode. A zeroed conditioning is the trained
+    unconditional one.
+    """
 
     encoded: Encoded
     branch: Branch
@@ -118,12 +125,14 @@ def prompt_of(conds: dict[str, Any]) -> Prompt:
     prompt = conds.get(KEY)
     if not isinstance(prompt, Prompt):
         raise RequestError(
-            "This model is Lance, and the conditioning was not made for it: encode the prompt with Lance Text Encode."
+            "This model is Lance, and the conditioning was not made for it: encode the prompt with Lance "
+            "Text Encode."
         )
     cross = conds.get("cross_attn")
     if isinstance(cross, Tensor) and cross.shape[1:2] != (1,):
         raise RequestError(
-            "Lance's prompts cannot be concatenated: write both into one prompt, or use Conditioning (Combine)."
+            "Lance's prompts cannot be concatenated: write both into one prompt, or use Conditioning "
+            "(Combine)."
         )
     if isinstance(cross, Tensor) and not bool(cross.any()):
         return prompt.zeroed()
@@ -167,7 +176,9 @@ class Store:
 
 
 class ContextShape(list):
-    """[1, 1, tokens] for ComfyUI's memory estimates, which can tell from it which conditionings share a context."""
+    """[1, 1, tokens] for ComfyUI's memory estimates, which can tell from it which conditionings share a
+    context.
+    """
 
     def __init__(self, encoded: Encoded) -> None:
         super().__init__([1, 1, encoded.context_tokens])
@@ -175,8 +186,8 @@ class ContextShape(list):
 
 
 class RowsCond:
-    """ComfyUI's condition protocol, so that positive and negative can run in one forward: what the rows of a model call
-    run against, in chunks. Row r of B belongs to branch r // (B / n).
+    """ComfyUI's condition protocol, so that positive and negative can run in one forward: what the rows of a
+    model call run against, in chunks. Row r of B belongs to branch r // (B / n).
 
     at: the run for a target of another grid, for conditionings that are set to an area.
     """
@@ -225,7 +236,8 @@ class RowsCond:
             if run.plan.grid != grid:
                 raise RequestError(
                     f"A node between Lance Loader and the sampler denoises {size_text(grid)} of a latent of "
-                    f"{size_text(run.plan.grid)}; Lance cannot be cut up like that: remove it (context windows, for "
+                    f"{size_text(run.plan.grid)}; Lance cannot be cut up like that: remove it (context "
+                    "windows, for "
                     "instance)."
                 )
         self.filled = [run.row(self.model, branch) for run, branch in self.branches]

@@ -32,7 +32,7 @@ from .patcher import NO_WEIGHT, UND, UND_PREFIX, ExpertRouting, Places
 class LanceFamily(comfy.supported_models_base.BASE):
     """What ComfyUI wants to know of a model family."""
 
-    unet_extra_config = {}
+    unet_extra_config: dict[str, Any] = {}
     latent_format = comfy.latent_formats.Wan22
     sampling_settings = {"shift": RELEASED_SAMPLING.shift}
     supported_inference_dtypes = comfy_compat.FLOAT_DTYPES
@@ -173,7 +173,9 @@ class LanceModel(comfy.model_base.BaseModel):
     def memory_required(
         self, input_shape: list[int], cond_shapes: dict[str, Any] | None = None, **kwargs: Any
     ) -> float:
-        """Bytes one forward of input_shape [b, 48, t, h, w] needs beyond the weights: keys, values and activations."""
+        """Bytes one forward of input_shape [b, 48, t, h, w] needs beyond the weights: keys, values and
+        activations.
+        """
         tokens = math.prod(input_shape[2:]) + MARKERS
         # Positive and negative of one encode share a context.
         contexts = {id(getattr(s, "encoded", s)): int(s[-1]) for s in (cond_shapes or {}).get("lance", [])}
@@ -183,9 +185,9 @@ class LanceModel(comfy.model_base.BaseModel):
     # -- names LoRAs know ------------------------------------------------------------------------------------
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """This expert's weights; and, asked without arguments as LoRA loaders do, the names of the other's and of
-        projections that are joined, so that LoRAs on them are recognised (`patcher.ExpertRouting` sends each where it
-        belongs).
+        """This expert's weights; and, asked without arguments as LoRA loaders do, the names of the other's
+        and of projections that are joined, so that LoRAs on them are recognised (`patcher.ExpertRouting`
+        sends each where it belongs).
         """
         state = super().state_dict(*args, **kwargs)
         if not args and not kwargs:

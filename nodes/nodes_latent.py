@@ -8,12 +8,12 @@ import comfy.latent_formats
 import torch
 from comfy_api.latest import InputImpl, Types, io
 
-from ..lance_core.config import OUTPUT_FPS
+from ..lance_core.config import MAX_FRAMES, OUTPUT_FPS, latent_grid
 from ..lance_core.errors import RequestError
 from ..lance_core.inputs.preprocess import crop_resize, vae_size
 from ..lance_core.inputs.tasks import SIZES, check_size, resolve_frames
-from . import vision
-from .nodes_model import CATEGORY
+from . import latents, pictures
+from .sockets import CATEGORY
 
 CUSTOM = "custom"
 SIZE_PRESETS = list(SIZES)
@@ -25,7 +25,7 @@ def _frames_input(default: int) -> io.Int.Input:
         "frames",
         default=default,
         min=1,
-        max=121,
+        max=MAX_FRAMES,
         step=4,
         tooltip="1 makes an image. Videos have 4k+1 frames at 12 a second, at most 121 (10 s).",
     )
@@ -87,8 +87,8 @@ class EmptyLanceLatent(io.ComfyNode):
         cls, size: str, aspect: str, width: int, height: int, frames: int, batch_size: int
     ) -> io.NodeOutput:
         w, h = check_size(width, height) if size == CUSTOM else SIZES[size][aspect]
-        grid = (1 + (resolve_frames(frames) - 1) // 4, h // 16, w // 16)
-        return io.NodeOutput({"samples": vision.empty_latent(grid, batch_size)})
+        grid = latent_grid(w, h, resolve_frames(frames))
+        return io.NodeOutput({"samples": latents.empty_latent(grid, batch_size)})
 
 
 class LanceImageToVideoLatent(io.ComfyNode):
@@ -135,15 +135,15 @@ class LanceImageToVideoLatent(io.ComfyNode):
                 f"{len(start_image)} images came as the first frame: connect one (Image From Batch picks "
                 "one)."
             )
-        picture = vision.to_bytes(start_image)[0]
+        picture = pictures.to_bytes(start_image)[0]
         w, h = (
             check_size(width, height)
             if size == CUSTOM
             else vae_size(picture.shape[1], picture.shape[0], size)
         )
-        first = vision.encode_frames(vae, crop_resize(picture, (w, h))[None])
+        first = pictures.encode_frames(vae, crop_resize(picture, (w, h))[None])
         samples = comfy.latent_formats.Wan22().process_out(
-            vision.empty_latent((1 + (resolve_frames(frames) - 1) // 4, h // 16, w // 16))
+            latents.empty_latent(latent_grid(w, h, resolve_frames(frames)))
         )
         samples[:, :, :1] = first.to(samples)
         mask = torch.ones_like(samples[:, :1])
@@ -180,7 +180,7 @@ class LanceVAEDecode(io.ComfyNode):
 
     @classmethod
     def execute(cls, vae, samples) -> io.NodeOutput:
-        images = vision.decode_latent(vae, samples["samples"])
+        images = latents.decode_latent(vae, samples["samples"])
         video = InputImpl.VideoFromComponents(
             Types.VideoComponents(images=images, frame_rate=Fraction(OUTPUT_FPS))
         )

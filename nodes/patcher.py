@@ -1,19 +1,20 @@
-"""The patchers around our modules, and where a patch goes: to which expert, and to which rows of a joined projection.
+"""The patchers around our modules, and where a patch goes: to which expert, and to which rows of a joined
+projection.
 
-ComfyUI keeps LoRAs as patches of weights by name. A MODEL of Lance has two patchers, the generation expert's and, brought
-along by it, the understanding expert's; and projections that share an input are one layer. So a patch is routed twice.
-With the released sizes, a LoRA on the understanding expert's `q_proj` of layer 0:
+ComfyUI keeps LoRAs as patches of weights by name. A MODEL of Lance has two patchers, the generation expert's
+and, brought along by it, the understanding expert's; and projections that share an input are one layer. So a
+patch is routed twice. With the released sizes, a LoRA on the understanding expert's `q_proj` of layer 0:
 
-    diffusion_model.understanding.layers.0.self_attn.q_proj.weight               the name the LoRA's file has
-    diffusion_model.understanding.layers.0.self_attn.qkv_proj.weight, (0, 0, 2048)   `Places`: rows 0 to 2048 of the joined
-    layers.0.self_attn.qkv_proj.weight, (0, 0, 2048)                              `ExpertRouting`: the other patcher's
+    name in the LoRA's file    diffusion_model.understanding.layers.0.self_attn.q_proj.weight
+    by `Places`                diffusion_model.understanding.layers.0.self_attn.qkv_proj.weight, rows 0 to 2048
+    by `ExpertRouting`         the other patcher's layers.0.self_attn.qkv_proj.weight, rows 0 to 2048
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import comfy.model_management as mm
 import comfy.utils
@@ -24,29 +25,37 @@ from ..lance_core.model.joined import Rows
 from . import comfy_compat
 from .quant import Patches, Quantised
 
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher as _Patcher
+else:
+    _Patcher = object  # which class stands behind is known only at run time
+
 UND = "lance_und"  # the key under which the MODEL brings the understanding expert's patcher along
 OWN_PREFIX = "diffusion_model."
 UND_PREFIX = "diffusion_model.understanding."  # how LoRAs name the other expert's layers
 NO_WEIGHT = torch.empty(0)  # stands for weights whose names a state dict lends to LoRAs
 
 
-# -- classes --------------------------------------------------------------------------------------------------
+# -- classes
+# --------------------------------------------------------------------------------------------------
 
 
 @cache
-def _patcher_subclass(behaviour: type, base: type) -> type:
-    """A ComfyUI subclass (see comfy_compat): ComfyUI's patcher class of this run with our behaviour in front of it."""
+def _patcher_subclass(behaviour: Any, base: Any) -> Any:
+    """A ComfyUI subclass (see comfy_compat): ComfyUI's patcher class of this run with our behaviour in front
+    of it.
+    """
     return type(behaviour.__name__ + base.__name__, (behaviour, base), {})
 
 
-class Behaviour:
+class Behaviour(_Patcher):
     """What stands in front of ComfyUI's patcher class, and stays there in clones."""
 
     def clone(self, *args: Any, **kwargs: Any) -> Any:
-        n = super().clone(*args, **kwargs)  # type: ignore[misc]
+        n = super().clone(*args, **kwargs)
         # A dynamic patcher's clone for hooks and compilers is of ComfyUI's plain class.
         if not isinstance(n, Behaviour):
-            n.__class__ = _patcher_subclass(type(self).__bases__[0], type(n))
+            n.__class__ = _patcher_subclass(type(self).__bases__[0], type(n))  # type: ignore[arg-type]
         return n
 
 
@@ -56,8 +65,8 @@ def _weight(name: str) -> str:
 
 
 class PatchesInForward(Behaviour):
-    """Patcher behaviour: a LoRA on a quantised weight is left to the weight's layer, which adds it in each product
-    (see `quant.Quantised`)."""
+    """Patcher behaviour: a LoRA on a quantised weight is left to the weight's layer, which adds it in each
+    product (see `quant.Quantised`)."""
 
     def _layer(self, key: str) -> Quantised | None:
         name, _, leaf = key.rpartition(".")
@@ -72,11 +81,13 @@ class PatchesInForward(Behaviour):
         }
 
     def model_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Without the scales: newer ComfyUIs name them here and do not find them when they look for what a hook may
-        patch.
+        """Without the scales: newer ComfyUIs name them here and do not find them when they look for what a
+        hook may patch.
         """
         layers, state = self._layers(), super().model_state_dict(*args, **kwargs)
-        return {k: v for k, v in state.items() if k.endswith((".weight", ".bias")) or _weight(k) not in layers}
+        return {
+            k: v for k, v in state.items() if k.endswith((".weight", ".bias")) or _weight(k) not in layers
+        }
 
     def patch_weight_to_device(self, key: str, *args: Any, **kwargs: Any) -> Any:
         layer = self._layer(key) if key in self.patches else None
@@ -106,11 +117,14 @@ class PatchesInForward(Behaviour):
             layer.hook = None
 
 
-# -- where a patch goes ---------------------------------------------------------------------------------------
+# -- where a patch goes
+# ---------------------------------------------------------------------------------------
 
 
 class PatchKey(NamedTuple):
-    """What ComfyUI names a patched weight by: its name, or a tuple of name, part of it, and a function on the part."""
+    """What ComfyUI names a patched weight by: its name, or a tuple of name, part of it, and a function on the
+    part.
+    """
 
     name: str
     offset: tuple[int, int, int] | None = None  # axis, start, length
@@ -129,7 +143,9 @@ class PatchKey(NamedTuple):
 
 
 class Places:
-    """Where projections are that files and LoRAs know apart: rows of joined ones, by their names in the MODEL."""
+    """Where projections are that files and LoRAs know apart: rows of joined ones, by their names in the
+    MODEL.
+    """
 
     def __init__(self, own: Mapping[str, Rows], understanding: Mapping[str, Rows]) -> None:
         self._rows = {
@@ -156,7 +172,8 @@ class Places:
         axis, start, length = key.offset
         if axis != 0:
             raise ValueError(
-                f"a patch of columns of {key.name} cannot be applied; it can be of the whole weight or of rows"
+                f"a patch of columns of {key.name} cannot be applied; it can be of the whole weight or of "
+                "rows"
             )
         return key._replace(name=whole, offset=(0, rows.start + start, length))
 
@@ -166,17 +183,19 @@ class ExpertRouting(PatchesInForward):
 
     def _placed(self, keys: Iterable[Any]) -> dict[Any, PatchKey]:
         """Each patch's key as it came -> its place in the MODEL."""
-        return {key: self.model.places.place(PatchKey.of(key)) for key in keys}  # type: ignore[attr-defined]
+        return {key: self.model.places.place(PatchKey.of(key)) for key in keys}
 
     def add_patches(self, patches: dict, *args: Any, **kwargs: Any) -> list:
-        other = self.get_additional_models_with_key(UND)[0]  # type: ignore[attr-defined]
+        other = self.get_additional_models_with_key(UND)[0]
         mine, theirs = {}, {}
         for key, place in self._placed(patches).items():
             if place.name.startswith(UND_PREFIX):
                 theirs[place._replace(name=place.name.removeprefix(UND_PREFIX)).native()] = key
             else:
                 mine[place.native()] = key
-        taken = [mine[k] for k in super().add_patches({k: patches[v] for k, v in mine.items()}, *args, **kwargs)]
+        taken = [
+            mine[k] for k in super().add_patches({k: patches[v] for k, v in mine.items()}, *args, **kwargs)
+        ]
         if theirs:
             given = {k: patches[v] for k, v in theirs.items()}
             taken += [theirs[k] for k in other.add_patches(given, *args, **kwargs)]
@@ -184,7 +203,7 @@ class ExpertRouting(PatchesInForward):
 
     def add_hook_patches(self, hook: Any, patches: dict, *args: Any, **kwargs: Any) -> list:
         placed = {place.native(): key for key, place in self._placed(patches).items()}
-        done = super().add_hook_patches(hook, {k: patches[v] for k, v in placed.items()}, *args, **kwargs)  # type: ignore[misc]
+        done = super().add_hook_patches(hook, {k: patches[v] for k, v in placed.items()}, *args, **kwargs)
         return [placed[k] for k in done]
 
     def model_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -192,7 +211,8 @@ class ExpertRouting(PatchesInForward):
         return {k: v for k, v in super().model_state_dict(*args, **kwargs).items() if v is not NO_WEIGHT}
 
 
-# -- making them ----------------------------------------------------------------------------------------------
+# -- making them
+# ----------------------------------------------------------------------------------------------
 
 
 def make_patcher(
@@ -202,7 +222,9 @@ def make_patcher(
     offload_device: Any = None,
     disable_dynamic: bool = False,
 ) -> Any:
-    """A patcher over a module that has no weights yet (see `fill`); by default on the devices for diffusion models."""
+    """A patcher over a module that has no weights yet (see `fill`); by default on the devices for diffusion
+    models.
+    """
     comfy_compat.archive_dtypes(model)
     # A size of 1 keeps the patcher from measuring the module before it has weights; `fill` sets the real one.
     given = {
@@ -221,7 +243,9 @@ def make_patcher(
 
 
 def fill(patcher: Any, module: nn.Module, tensors: Iterable[tuple[str, Tensor]], total: int) -> None:
-    """Stream weights, each in its final dtype and owning its memory, into a patcher's module without a second copy."""
+    """Stream weights, each in its final dtype and owning its memory, into a patcher's module without a second
+    copy.
+    """
     bar = comfy.utils.ProgressBar(total)
     state, size = {}, 0
     for name, tensor in tensors:
@@ -236,7 +260,8 @@ def fill(patcher: Any, module: nn.Module, tensors: Iterable[tuple[str, Tensor]],
 
 
 def reloadable(patchers: Iterable[Any], load: Callable[..., Any], *args: Any) -> None:
-    """Tell newer ComfyUIs how to make the patchers once more: `load(*args, disable_dynamic=...)` gives all in order.
+    """Tell newer ComfyUIs how to make the patchers once more: `load(*args, disable_dynamic=...)` gives all in
+    order.
 
     They ask for it where weights must not be shared: several GPUs, conditioning hooks.
     """
@@ -245,10 +270,13 @@ def reloadable(patchers: Iterable[Any], load: Callable[..., Any], *args: Any) ->
 
 
 def main_first(executor: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
-    """PREPARE_SAMPLING wrapper: a model gets its memory before those that it brings along (`set_additional_models`).
+    """PREPARE_SAMPLING wrapper: a model gets its memory before those that it brings along
+    (`set_additional_models`).
 
-    ComfyUI gives memory in no order (0.3.64) or to the others first (0.29), and leaves what is loaded where it is.
-    Dynamic patchers are left alone: their main model is loaded last, and the last has the first claim to memory.
+    ComfyUI gives memory in no order (0.3.64) or to the others first (0.29), and leaves what is loaded where
+    it is.
+    Dynamic patchers are left alone: their main model is loaded last, and the last has the first claim to
+    memory.
     """
     brought = model.additional_models
     dynamic = hasattr(model, "is_dynamic") and model.is_dynamic()

@@ -1,9 +1,10 @@
 """Quantised layers as ComfyUI's: counted, cast and offloaded by it, with LoRAs, dequantised for each product.
 
-Where ComfyUI has layers for quantised weights these are used, with its kernels for dequantising and its dynamic VRAM;
-elsewhere our own are. Both are weight-only, which ComfyUI's are not in every case: 0.29 multiplies int8 weights by
-activations that it rounds to 8 bits, token by token, even where a file asks for full precision. Single channels of a
-language model's activations can be so much larger than the others that those would vanish.
+Where ComfyUI has layers for quantised weights these are used, with its kernels for dequantising and its
+dynamic VRAM; elsewhere our own are. Both are weight-only, which ComfyUI's are not in every case: 0.29
+multiplies int8 weights by activations that it rounds to 8 bits, token by token, even where a file asks for
+full precision. Single channels of a language model's activations can be so much larger than the others that
+those would vanish.
 
 Who adds a LoRA to a quantised weight, and when:
 
@@ -31,7 +32,9 @@ from . import comfy_compat
 
 
 class Patches(NamedTuple):
-    """The LoRAs of one weight, as ComfyUI keeps them: all of a patcher's patches, and the weight's key in them."""
+    """The LoRAs of one weight, as ComfyUI keeps them: all of a patcher's patches, and the weight's key in
+    them.
+    """
 
     key: str
     patches: dict
@@ -44,12 +47,13 @@ def _add(patches: Any, weight: Tensor) -> Tensor:
 
 
 class Quantised:
-    """What quantised layers of either kind share: LoRAs are added to the dequantised weight, in each product anew.
+    """What quantised layers of either kind share: LoRAs are added to the dequantised weight, in each product
+    anew.
 
-    ComfyUI rounds a patched weight to its format again. For a LoRA of 1 % of a (random) weight's norm that was measured to
-    add, as seen in outputs, 1.2 (int8), 2.3 (fp8) and 18 (nvfp4) times the LoRA's own effect as noise; and int4 cannot be
-    made anew at all. Keeping patched weights unrounded would take two to four times the memory, of which ComfyUI does not
-    know. So neither is done.
+    ComfyUI rounds a patched weight to its format again. For a LoRA of 1 % of a (random) weight's norm that
+    was measured to add, as seen in outputs, 1.2 (int8), 2.3 (fp8) and 18 (nvfp4) times the LoRA's own effect
+    as noise; and int4 cannot be made anew at all. Keeping patched weights unrounded would take two to four
+    times the memory, of which ComfyUI does not know. So neither is done.
     """
 
     format: Format
@@ -71,8 +75,8 @@ class Quantised:
         self.lora = None if patches is None else Patches(key, patches)
 
     def set_weight(self, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
-        """If a patcher that is not ours writes a patched weight permanently, keep it in full precision until ComfyUI
-        restores the backup.
+        """If a patcher that is not ours writes a patched weight permanently, keep it in full precision until
+        ComfyUI restores the backup.
         """
         if kwargs.get("return_weight"):
             return weight
@@ -108,7 +112,9 @@ class OwnQuantLinear(Quantised, comfy.ops.manual_cast.Linear):
             weight = self.format.decode({"weight": weight, **beside}, x.dtype)
         else:  # patched permanently
             weight = weight.to(x.dtype)
-        for function in self.weight_function:  # called as it is, a LoRA would dequantise the weight a second time
+        for (
+            function
+        ) in self.weight_function:  # called as it is, a LoRA would dequantise the weight a second time
             weight = _add(function, weight) if hasattr(function, "patches") else function(weight)
         bias = None if self.bias is None else mm.cast_to(self.bias, x.dtype, x.device)
         for function in self.bias_function:
@@ -116,14 +122,18 @@ class OwnQuantLinear(Quantised, comfy.ops.manual_cast.Linear):
         return F.linear(x, self.patched(weight), bias)
 
     def convert_weight(self, weight: Tensor, inplace: bool = False, **kwargs: Any) -> Tensor:
-        """The quantised tensor, in whatever dtype ComfyUI has cast it to -> the weight it stands for, float32."""
+        """The quantised tensor, in whatever dtype ComfyUI has cast it to -> the weight it stands for,
+        float32.
+        """
         parts = {name: getattr(self, name).to(weight.device) for name in self.layout}
         parts["weight"] = weight.to(self.layout["weight"][0])
         return self.format.decode(parts, torch.float32)
 
 
-def make(format: Format, linear: nn.Module) -> nn.Module:
-    """The quantised layer that takes the place of ComfyUI's plain one (see lance_core.checkpoint.quantize.swap)."""
+def make(format: Format, linear: Any) -> nn.Module:
+    """The quantised layer that takes the place of ComfyUI's plain one (see
+    lance_core.checkpoint.quantize.swap).
+    """
     dtype, bias = comfy_compat.planned(linear)
     dtype = dtype if dtype.itemsize > 1 else torch.bfloat16
     layer = comfy_compat.quantised_linear(dtype, Quantised) or OwnQuantLinear

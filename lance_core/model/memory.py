@@ -1,4 +1,5 @@
-"""How much memory the passes of the decoder and the vision tower need beyond their weights, from their sizes alone.
+"""How much memory the passes of the decoder and the vision tower need beyond their weights, from their sizes
+alone.
 
 Bytes in the compute dtype. These are what ComfyUI is told before it loads a model, and what the canvas shows.
 """
@@ -20,10 +21,11 @@ class DenoisingMemory:
     """Bytes of one forward of the decoder, by what they grow with.
 
     key_value: a token's key and value in every layer. residual: a token of the residual stream.
-    attending: a token of a row around attention: residual, joined projections, rotated queries, keys and values, the
-    queries and the result once more as ComfyUI's attention wants and gives them. rotating: a token of a row whose
-    queries are rotated in float32, for at most `chunk` tokens at once.
-    feeding: a token of a row around the feed-forward; widening: a token inside it, for at most `chunk` at once.
+    attending: a token of a row around attention: residual, joined projections, rotated queries, keys and
+    values, the queries and the result once more as ComfyUI's attention wants and gives them. rotating: a
+    token of a row whose queries are rotated in float32, for at most `chunk` tokens at once.
+    feeding: a token of a row around the feed-forward; widening: a token inside it, for at most `chunk` at
+    once.
     """
 
     key_value: int
@@ -55,8 +57,9 @@ class DenoisingMemory:
         return max(attending, feeding)
 
     def step(self, rows: int, tokens: int, contexts: Iterable[int]) -> int:
-        """Bytes of a denoising step over `rows` targets of `tokens` (markers included), each against one of the
-        contexts, whose tokens' keys and values are kept. Computing the longest context may be wider than the step.
+        """Bytes of a denoising step over `rows` targets of `tokens` (markers included), each against one of
+        the contexts, whose tokens' keys and values are kept. Computing the longest context may be wider than
+        the step.
         """
         lengths = list(contexts)
         kept = self.key_value * sum(length + tokens for length in lengths)
@@ -77,5 +80,7 @@ def text_bytes(llm: LLMConfig, tokens: int, size: int) -> int:
 
 
 def vit_bytes(config: ViTConfig, patches: int, size: int) -> int:
-    """Bytes of embedding so many patches: the feed-forward's three tensors beside the residual stream and q, k, v."""
+    """Bytes of embedding so many patches: the feed-forward's three tensors beside the residual stream and q,
+    k, v.
+    """
     return patches * (3 * config.intermediate_size + 8 * config.hidden_size) * size

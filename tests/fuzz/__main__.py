@@ -1,6 +1,8 @@
-"""`python tests/fuzz [CAMPAIGN ...] [--count N] [--seed S] [--jobs J]`: long runs of damaged files and odd requests, counted.
+"""`python tests/fuzz [CAMPAIGN ...] [--count N] [--seed S] [--jobs J]`: long runs of damaged files and odd
+requests, counted.
 
-Exit status 1 if anything was untyped, hung, grew over 2 GB, killed its worker or was told in over 500 characters.
+Exit status 1 if anything was untyped, hung, grew over 2 GB, killed its worker or was told in over 500
+characters.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Damaged checkpoints: opened, every part loaded, one picture drawn and one answer written where that still works."""
+"""Damaged checkpoints: opened, every part loaded, one picture drawn and one answer written where that still
+works.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Damage, seeded: to bytes, to JSON, to safetensors headers and to values. The same seed gives the same damage."""
+"""Damage, seeded: to bytes, to JSON, to safetensors headers and to values. The same seed gives the same
+damage.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ ODD_JSON += [[], [[]], [-1], [2**62], {}, {"a": {}}, [None] * 50, "(a+)+$", "é"
 
 
 def damage(data: bytes, rng: random.Random, donor: bytes = b"") -> bytes:
-    """Bytes with one to fifty faults: flips, numbers where lengths may be, cuts, repeats, pieces of another file."""
+    """Bytes with one to fifty faults: flips, numbers where lengths may be, cuts, repeats, pieces of another
+    file.
+    """
     out = bytearray(data)
     for _ in range(rng.choice([1, 1, 1, 2, 3, 8, 50])):
         at = rng.randrange(len(out)) if out else 0

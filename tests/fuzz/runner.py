@@ -1,8 +1,9 @@
 """Runs a campaign's cases in worker processes and counts what comes of them.
 
-A case is a number; `campaign.prepare(folder)` makes what all cases share, `campaign.case(n, seed, shared)` runs one and raises
-whatever it raises. Counted are: done, typed (a LanceError of under 500 characters), long (a longer one), untyped (any other
-exception), hang (over `SECONDS`), large (over `MEMORY` bytes more than the worker began with), dead (the worker ended).
+A case is a number; `campaign.prepare(folder)` makes what all cases share, `campaign.case(n, seed, shared)`
+runs one and raises whatever it raises. Counted are: done, typed (a LanceError of under 500 characters), long
+(a longer one), untyped (any other exception), hang (over `SECONDS`), large (over `MEMORY` bytes more than the
+worker began with), dead (the worker ended).
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ HERE = Path(__file__).resolve().parent
 
 
 def run(campaign: str, count: int, seed: int = 0, jobs: int = 1, say: Any = None) -> dict[str, Any]:
-    """All cases of a campaign. Returns {"counts": {...}, "seconds": s, "bad": [{"case", "outcome", "what"}, ...]}."""
+    """All cases of a campaign. Returns {"counts": {...}, "seconds": s, "bad": [{"case", "outcome", "what"},
+    ...]}.
+    """
     began = time.monotonic()
     counts: Counter[str] = Counter()
     bad: list[dict[str, Any]] = []

@@ -15,6 +15,7 @@ from small import (
     i2v,
     ksampler,
     lance,
+    module,
     question,
     samples,
     t2i,
@@ -318,3 +319,20 @@ class _NaN:
 def test_two_encodes_can_be_mixed(comfy):
     """Positive of one encode with the negative of another is no error."""
     samples(comfy, lance({**t2i(), "other": text("a boat", "rain")}, negative=["other", 1], model=MODEL))
+
+
+def test_a_refused_clip_is_never_opened(comfy, monkeypatch):
+    """The image checkpoint cannot read video: said before a frame of it is decoded."""
+    media, opened = module(comfy, "lance_core.inputs.media"), []
+    monkeypatch.setattr(media, "read_clip", lambda *args, **kwargs: opened.append(args))
+    graph = changed(video_source(edit()), "loader", checkpoint=CHECKPOINT)
+    with pytest.raises(NodeFailedError, match="cannot read video"):
+        comfy.value(graph, "vision")
+    assert not opened
+
+
+def test_errors_have_a_short_name(comfy):
+    """ComfyUI shows the exception's module before its message; ours would be a path of files."""
+    with pytest.raises(NodeFailedError) as caught:
+        comfy.value(changed(t2i(), "text", prompt=" "), "text")
+    assert caught.value.data["exception_type"] == "lance_core.RequestError"
