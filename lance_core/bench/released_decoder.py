@@ -41,8 +41,8 @@ Each = Callable[[str, Tensor], Tensor]
 
 
 def parts_of(layer: Any) -> dict[str, Part]:
-    """What one expert's layer (ExpertLayer) is made of, each projection on its own and multiplied plainly: rows of a joined
-    weight are views.
+    """What one expert's layer (an ExpertLayer) is made of, each projection on its own and multiplied plainly:
+    rows of a joined weight are views.
     """
     parts: dict[str, Part] = {}
     for owner in (layer.self_attn, layer.mlp):
