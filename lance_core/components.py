@@ -16,7 +16,7 @@ from .inputs import preprocess
 from .model.attention import Attention, attention
 from .model.compiling import compile_layers
 from .model.dual_expert import DualExpert, Generation, Understanding
-from .model.sequence import Kind, Role, Segment, VisualSegment
+from .model.sequence import Kind, Placed, Role, Segment, VisualSegment, merge_text
 from .model.side_stream import SideStream
 from .model.vit import VisionTower
 from .vae.wan import WanVAE, denormalize_latent, normalize_latent
@@ -114,6 +114,21 @@ class Components:
             side=self.side,
         )
 
+    def counted(self, stage: str, parts: list[list[Placed]]) -> Attention:
+        """Attention that reports how far the passes over `parts` are, a layer at a time."""
+        total = self.config.llm.num_layers * sum(len(merge_text(part)) for part in parts)
+        done = 0
+
+        def counted(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+            nonlocal done
+            out = attention(q, k, v, causal)
+            done += 1
+            if done <= total:
+                self.report(stage, done, total)
+            return out
+
+        return counted
+
     # -- pictures in and out ---------------------------------------------------------------------------------
 
     def visual_segments(self, clip: np.ndarray, resolution: str, role: Role) -> list[Segment]:
@@ -153,16 +168,15 @@ class Components:
         """Frames, float32 [b, T, H, W, 3] in 0..1 on the CPU, of normalised latents [b, t, h, w, 48]; one at
         a time.
         """
-        out = []
-        for i, one in enumerate(latent):
+        out: list[Tensor] = []
+        frames = latent.shape[1]
+
+        def report(step: int, steps: int) -> None:
+            self.report("decoding", len(out) * frames + step * frames // steps, len(latent) * frames)
+
+        for one in latent:
             raw = denormalize_latent(one.permute(3, 0, 1, 2)[None]).to(self.device, self.dtype)
-            done = i * latent.shape[1]
-            pixels = self.vae.decode(
-                raw,
-                progress=lambda k, n, done=done: self.report(
-                    "decoding", done + k * latent.shape[1] // n, latent[..., 0, 0, 0].numel()
-                ),
-            )
+            pixels = self.vae.decode(raw, progress=report)
             if not bool(torch.isfinite(pixels).all()):
                 raise NumericsError(f"the VAE's decoder gave NaN or infinity{self.blame('vae')}")
             out.append(((pixels[0].float() + 1) / 2).clamp(0, 1).permute(1, 2, 3, 0).cpu())

@@ -31,7 +31,7 @@ Grid = tuple[int, int, int]  # (frames, rows, columns) of latent cells
 
 @dataclass(frozen=True)
 class SamplingDefaults:
-    """How the released code samples when nothing is said. cfg_interval: guidance applies while low < t <= high."""
+    """The released code's defaults. cfg_interval: guidance applies while low < t <= high."""
 
     steps: int = 30
     shift: float = 3.5

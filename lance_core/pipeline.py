@@ -28,12 +28,11 @@ from .config import (
 from .errors import NumericsError, RequestError
 from .inputs import media, prompts, tasks
 from .inputs.tasks import Task
-from .model.attention import Attention, attention
 from .model.compiling import check_compiler
 from .model.denoise import denoise
 from .model.dual_expert import Plan, Prepared
 from .model.sampler import Guidance, schedule, seeded_noise
-from .model.sequence import Placed, Role, Segment, Sequence, clean_latents, merge_text
+from .model.sequence import Role, Segment, Sequence, clean_latents
 from .model.side_stream import SideStream
 from .text_generation import Chooser, NewText, write
 
@@ -131,21 +130,6 @@ class Lance:
         """
         self.components.unload(*names)
 
-    def _counted(self, stage: str, parts: list[list[Placed]]) -> Attention:
-        """Attention that reports how far the passes over `parts` are, a layer at a time."""
-        total = self.config.llm.num_layers * sum(len(merge_text(part)) for part in parts)
-        done = 0
-
-        def counted(*args: Any) -> Tensor:
-            nonlocal done
-            out = attention(*args)
-            done += 1
-            if done <= total:
-                self.components.report(stage, done, total)
-            return out
-
-        return counted
-
     # -- generation ------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
@@ -204,7 +188,7 @@ class Lance:
         tasks.check_media(kind, image, video, references)
         resolution = tasks.resolve_resolution(kind, resolution)
         times = schedule(steps, shift)
-        guidance = Guidance(cfg, tuple(cfg_interval), renorm, renorm_min)
+        guidance = Guidance(cfg, cfg_interval, renorm, renorm_min)
         batch = tasks.check_count("batch_size", batch_size, 1, MAX_BATCH)
         tasks.check_count("seed", seed, 0, MAX_SEED - batch + 1)
         if kind.output == "image" and num_frames not in (None, 1):
@@ -291,7 +275,7 @@ class Lance:
             else None
         )
         plan = Plan.of(sequence, self.config.tokens_per_second, guided, negative)
-        counted = self._counted("prefilling", [plan.prefix, *plan.rests.values()])
+        counted = self.components.counted("prefilling", [plan.prefix, *plan.rests.values()])
         return self.components.experts(attention=counted).prefill(plan)
 
     def _noise(self, noise: Any, batch: int, grid: Grid, before: int, seed: int) -> Tensor:

@@ -13,16 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lance_core.config import VAEConfig
 from lance_core.model.ops import TorchOps
-from lance_core.vae import layers
-from lance_core.vae.layers import (
-    ChannelNorm,
-    ResidualBlock,
-    Stream,
-    add_averaged,
-    add_duplicated,
-    causal_conv,
-    doubling_conv,
-)
+from lance_core.vae import streaming
+from lance_core.vae.layers import ResidualBlock
+from lance_core.vae.shortcuts import add_averaged, add_duplicated
+from lance_core.vae.streaming import ChannelNorm, Stream, causal_conv, doubling_conv
 from lance_core.vae.wan import WanVAE
 
 CONFIG = VAEConfig((8, 16, 16), (12, 24, 24), 1, 1, (False, True))
@@ -63,9 +57,9 @@ def model() -> WanVAE:
 
 def force(monkeypatch, few: int = NEVER, fold: int = NEVER, slices: int = 1 << 19) -> None:
     """The plain ways, but for what is given."""
-    monkeypatch.setattr(layers, "FEW_POINTS", few)
-    monkeypatch.setattr(layers, "FOLD_FROM", fold)
-    monkeypatch.setattr(layers, "NORM_SLICE", slices)
+    monkeypatch.setattr(streaming, "FEW_POINTS", few)
+    monkeypatch.setattr(streaming, "FOLD_FROM", fold)
+    monkeypatch.setattr(streaming, "NORM_SLICE", slices)
 
 
 # Whole passes
@@ -195,7 +189,7 @@ def plain_block(block: ResidualBlock, x: torch.Tensor) -> torch.Tensor:
 
 
 def causal_ops():
-    return layers._causal(TorchOps)
+    return streaming.streaming_ops(TorchOps)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

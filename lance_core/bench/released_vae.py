@@ -16,16 +16,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..vae.layers import (
-    CONTEXT,
-    ChannelNorm,
-    DownLevel,
-    ResidualBlock,
-    SpatialAttention,
-    UpLevel,
-    patchify,
-    unpatchify,
-)
+from ..vae.layers import DownLevel, ResidualBlock, SpatialAttention, UpLevel
+from ..vae.shortcuts import patchify, unpatchify
+from ..vae.streaming import CONTEXT, ChannelNorm
 from ..vae.wan import WanVAE
 
 Past = dict[nn.Module, Tensor]

@@ -395,7 +395,7 @@ class Checkpoint:
     ) -> nn.Module:
         """The part's module with its weights in `dtype` on `device`.
 
-        joined: projections of one input are one layer, unless quantised; False keeps the file's, for training.
+        joined: projections of one input are one layer, unless quantised; False keeps the file's (training).
         """
         module = self.build(part, ops, joined=joined).eval().requires_grad_(False)
         return loading.fill(

@@ -1,5 +1,5 @@
-"""From the tensors of a file to a module with weights: built on the meta device, then filled tensor by tensor in
-its final dtype, so that peak memory is the result plus one tensor.
+"""From the tensors of a file to a module with weights: built on the meta device, then filled tensor by tensor
+in its final dtype, so that peak memory is the result plus one tensor.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def tensors(
     device: torch.device | str,
     module: nn.Module | None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Tensors one at a time, in the order they lie in the file, owning their memory; see `Checkpoint.tensors`."""
+    """`Checkpoint.tensors`: one at a time, in the order they lie in the file, owning their memory."""
     kept = {f"{layer}.{leaf}" for layer in formats for leaf in ("weight", *SIDE_TENSORS)}
     joined = {} if module is None else joined_rows(module)
     begun: dict[str, tuple[Tensor, int]] = {}  # joined tensors with rows still missing, and how many

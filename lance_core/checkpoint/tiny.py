@@ -70,7 +70,8 @@ def write(
     torch.save(_random(WanVAE(vae, device="meta"), generator, dtype), root / "Wan2.2_VAE.pth")
     for name in ("Lance_3B", "Lance_3B_Video"):
         weights = {}
-        for part in (Understanding(llm, device="meta"), Generation(llm, device="meta")):
+        for kind in (Understanding, Generation):
+            part = kind(llm, device="meta", joined=False)
             for key, tensor in _random(part, generator, dtype).items():
                 weights[released_name(key, isinstance(part, Generation))] = tensor
         if name == "Lance_3B":

@@ -43,4 +43,8 @@ def check_compiler(device: torch.device) -> None:
 
 @cache
 def _compiled_steps() -> Steps:
-    return Steps(*(torch.compile(f, dynamic=True) for f in (project, add_attention, MLP.forward)))
+    return Steps(
+        torch.compile(project, dynamic=True),
+        torch.compile(add_attention, dynamic=True),
+        torch.compile(MLP.forward, dynamic=True),
+    )

@@ -1,9 +1,9 @@
 """The dual-expert decoder: two stacks of the same shape, joined only for attention.
 
-A layer takes two tensors, `und` (text, ViT and marker tokens) and `gen` (latent tokens). Read top to bottom,
-`decoder_layer` is: norm, project and rope with each expert's own weights (`ExpertLayer.project`), one attention
-over both, then project back and feed-forward, again with each expert's own (`ExpertLayer.finish`). Expert
-stacks are separate modules, so that they can be placed, loaded and patched separately.
+A layer takes two tensors, `und` (text, ViT and marker tokens) and `gen` (latent tokens). `decoder_layer` reads
+top to bottom: norm, project and rope with each expert's own weights (`ExpertLayer.project`), one attention over
+both, then project back and feed-forward, again with each expert's own (`ExpertLayer.finish`). The stacks are
+separate modules, so that they can be placed, loaded and patched separately.
 
 Precision: weights and matmuls in the compute dtype; norms and rope compute in float32 inside (ops.RMSNorm,
 rope.rotate_into).
@@ -11,9 +11,9 @@ rope.rotate_into).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast, overload
 
 import torch
 import torch.nn.functional as F
@@ -126,7 +126,7 @@ class ExpertLayer(nn.Module):
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Norm, project, rope: write the queries, keys and values of x [b, n, hidden] to q, k and v [b, n,
-        heads, width], slices of tensors that both experts fill, so that joining them costs no pass of its own.
+        heads, width]. These are slices of tensors that both experts fill, so joining them costs no copy.
         """
         self.steps.project(self, x, cos, sin, q, k, v)
 
@@ -178,11 +178,18 @@ class Steps(NamedTuple):
 PLAIN_STEPS = Steps(project, add_attention, lambda mlp, x: mlp(x))
 
 
+class ExpertStack(nn.ModuleList):
+    """One expert's half of every layer."""
+
+    def __iter__(self) -> Iterator[ExpertLayer]:
+        return cast("Iterator[ExpertLayer]", super().__iter__())
+
+
 def expert_layers(
     config: LLMConfig, ops: Any, device: Any, dtype: Any, joined: bool, apart: Collection[str]
-) -> nn.ModuleList:
-    """One expert's half of every layer. joined, apart: see `joined.joined_in`."""
-    return nn.ModuleList(
+) -> ExpertStack:
+    """The stack of a decoder. joined, apart: see `joined.joined_in`."""
+    return ExpertStack(
         ExpertLayer(config, ops, device, dtype, joined_in(f"layers.{i}", joined, apart))
         for i in range(config.num_layers)
     )
@@ -222,9 +229,23 @@ def _heads(layer: ExpertLayer, x: Tensor, tokens: int) -> tuple[Tensor, Tensor, 
     return q, k, v
 
 
+@overload
 def run_layers(
-    und_layers: nn.ModuleList,
-    gen_layers: nn.ModuleList | None,
+    und_layers: ExpertStack, gen_layers: ExpertStack, und: Tensor, gen: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    """With generation tokens."""
+
+
+@overload
+def run_layers(
+    und_layers: ExpertStack, gen_layers: ExpertStack | None, und: Tensor, gen: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor | None]:
+    """With or without."""
+
+
+def run_layers(
+    und_layers: ExpertStack,
+    gen_layers: ExpertStack | None,
     und: Tensor,
     gen: Tensor | None,
     cos: Tensor,
@@ -234,22 +255,22 @@ def run_layers(
 ) -> tuple[Tensor, Tensor | None]:
     """All layers; see `decoder_layer`. `gen_layers` is needed only when there are generation tokens.
 
-    Without autograd `gen` is overwritten; `und` is not, so that marker embeddings can be shared. side: a second
-    stream on which the understanding expert works on its few tokens while the generation expert works on its
-    own; the result is the same.
+    Without autograd `gen` is overwritten; `und` is not, so that marker embeddings can be shared. side: a
+    second stream for the understanding expert's few tokens, beside the generation expert's many; the result is
+    the same.
     """
     und = und.clone()
     if side is not None and gen is not None and gen_layers is not None and not torch.is_grad_enabled():
-        return _run_beside(und_layers, gen_layers, und, gen, cos, sin, attend, side)
-    for i, und_layer in enumerate(und_layers):
-        gen_layer = None if gen is None or gen_layers is None else gen_layers[i]
+        return _run_beside(list(und_layers), list(gen_layers), und, gen, cos, sin, attend, side)
+    gen_halves = [None] * len(und_layers) if gen is None or gen_layers is None else list(gen_layers)
+    for i, (und_layer, gen_layer) in enumerate(zip(und_layers, gen_halves, strict=True)):
         und, gen = decoder_layer(i, und_layer, gen_layer, und, gen, cos, sin, attend)
     return und, gen
 
 
 def _run_beside(
-    und_layers: nn.ModuleList,
-    gen_layers: nn.ModuleList,
+    und_layers: list[ExpertLayer],
+    gen_layers: list[ExpertLayer],
     und: Tensor,
     gen: Tensor,
     cos: Tensor,
@@ -261,8 +282,8 @@ def _run_beside(
     split, count = und.shape[1], len(und_layers)
 
     def between(i: int, x: Tensor, attended: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """From the attention of layer i - 1 to that of layer i: the residual stream, and the markers' queries,
-        keys and values.
+        """From the attention of layer i - 1 to that of layer i: the residual stream, and queries, keys and
+        values.
         """
         if attended is not None:
             x = und_layers[i - 1].finish(x, attended)

@@ -1,219 +1,29 @@
-"""Tokens and latents in, velocity and logits out: the two experts with their embeddings, and the passes over
-them.
+"""Tokens and latents in, velocity and logits out: the passes over the two experts.
 
-`Understanding` alone answers questions; with `Generation` beside it, `DualExpert` makes pictures. Modules
-here hold weights in the checkpoint's names (less the `_moe_gen` that tells the experts apart) and never move
-between devices.
+`Understanding` alone answers questions; with `Generation` beside it, `DualExpert` makes pictures. It never moves
+weights between devices.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..config import LATENT_CHANNELS, MAX_LATENT_SIDE, TIME_FREQUENCIES, Grid, LLMConfig
+from ..config import Grid, LLMConfig
 from ..errors import RequestError
 from . import rope
 from .attention import Attention, attention
-from .decoder import expert_layers, run_layers
+from .decoder import run_layers
+from .experts import Generation, Understanding, latent_positions
 from .kv_cache import Attend, AttendTargets, Context, Region
-from .ops import TorchOps
+from .plan import Plan, Prepared, Row
 from .sequence import MARKERS, Branch, Kind, Placed, Sequence, TextSegment, merge_text
 from .side_stream import SideStream
 
-
-class Understanding(nn.Module):
-    """The understanding expert: text embeddings, its half of every layer, and the head that writes text.
-
-    joined, apart: which projections are one layer; see `joined.joined_in`.
-    """
-
-    def __init__(
-        self,
-        config: LLMConfig,
-        ops: Any = TorchOps,
-        device: Any = None,
-        dtype: Any = None,
-        joined: bool = True,
-        apart: Collection[str] = (),
-    ) -> None:
-        super().__init__()
-        kw = {"device": device, "dtype": dtype}
-        self.embed_tokens = ops.Embedding(config.vocab_size, config.hidden_size, **kw)
-        self.layers = expert_layers(config, ops, **kw, joined=joined, apart=apart)
-        self.norm = ops.RMSNorm(config.hidden_size, eps=config.rms_eps, **kw)
-        self.lm_head = ops.Linear(config.hidden_size, config.vocab_size, bias=False, **kw)
-
-
-class TimeEmbedder(nn.Module):
-    """Timestep in 0..1 -> hidden, by sinusoids and a two-layer MLP."""
-
-    def __init__(self, hidden: int, ops: Any = TorchOps, device: Any = None, dtype: Any = None) -> None:
-        super().__init__()
-        kw = {"device": device, "dtype": dtype}
-        self.mlp = nn.Sequential(
-            ops.Linear(TIME_FREQUENCIES, hidden, **kw), nn.SiLU(), ops.Linear(hidden, hidden, **kw)
-        )
-
-    def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
-        """t: float32 of any shape -> [..., hidden]."""
-        return self.mlp(time_sinusoids(t).to(dtype))
-
-
-class Generation(nn.Module):
-    """The generation expert: latents in, its half of every layer, velocity out.
-
-    joined, apart: which projections are one layer; see `joined.joined_in`.
-    """
-
-    def __init__(
-        self,
-        config: LLMConfig,
-        ops: Any = TorchOps,
-        device: Any = None,
-        dtype: Any = None,
-        joined: bool = True,
-        apart: Collection[str] = (),
-    ) -> None:
-        super().__init__()
-        kw = {"device": device, "dtype": dtype}
-        hidden = config.hidden_size
-        self.layers = expert_layers(config, ops, **kw, joined=joined, apart=apart)
-        self.norm = ops.RMSNorm(hidden, eps=config.rms_eps, **kw)
-        self.time_embedder = TimeEmbedder(hidden, ops, **kw)
-        self.vae2llm = ops.Linear(LATENT_CHANNELS, hidden, **kw)
-        self.llm2vae = ops.Linear(hidden, LATENT_CHANNELS, **kw)
-
-    def embed_latents(self, x: Tensor, t: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
-        """x [b, frames, h, w, 48] at timesteps t [b, frames] (0..1) -> [b, frames*h*w, hidden].
-
-        table: [frames*h*w, hidden] in dtype, from `latent_positions`.
-        """
-        time = self.time_embedder(t.float(), dtype)[:, :, None, None]
-        return (self.vae2llm(x.to(dtype)) + time).flatten(1, 3) + table
-
-
-def time_sinusoids(t: Tensor) -> Tensor:
-    """128 cosines then 128 sines of t * 10000^(-i/128), float32 [..., 256]; t in 0..1 and not scaled (as in
-    DiT).
-    """
-    half = TIME_FREQUENCIES // 2
-    frequencies = torch.exp(
-        -math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half
-    )
-    angles = t.float()[..., None] * frequencies
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
-
-
-def latent_positions(grid: tuple[int, int, int], hidden: int) -> Tensor:
-    """Fixed sine/cosine table of the cells' coordinates, float32 [t*h*w, hidden].
-
-    Time and height each take a third of the width, rounded down to even; width takes the rest. Per axis
-    sines, then cosines; frequencies in float64 (MAE's `get_1d_sincos_pos_embed`). The weights were trained
-    with a table of 64 cells a side read by flat index, so a row of more than 64 cells (21:9 at 768) goes on
-    in the next row's entries: kept as trained.
-    """
-    t, h, w = grid
-    side = MAX_LATENT_SIDE
-    flat = torch.arange(t)[:, None, None] * side * side + torch.arange(h)[:, None] * side + torch.arange(w)
-    coordinates = (flat // side**2, flat // side % side, flat % side)
-    third = hidden // 3 // 2 * 2
-    parts = []
-    for coordinate, width in zip(coordinates, (third, third, hidden - 2 * third), strict=True):
-        frequencies = 1.0 / 10000 ** (torch.arange(width // 2, dtype=torch.float64) / (width / 2))
-        angles = coordinate.flatten().double()[:, None] * frequencies
-        parts += [angles.sin().float(), angles.cos().float()]
-    return torch.cat(parts, dim=-1)
-
-
-@dataclass(frozen=True, eq=False)
-class Plan:
-    """A planned request: which segments run against which cached prefix, and where. Nothing is computed yet.
-
-    prefix: segments both branches share; rests: each branch's own; targets: positions of each branch's target
-    block, empty for understanding.
-    """
-
-    sequence: Sequence
-    prefix: list[Placed]
-    rests: dict[Branch, list[Placed]]
-    targets: dict[Branch, Tensor]
-
-    @classmethod
-    def of(
-        cls,
-        sequence: Sequence,
-        tokens_per_second: float,
-        guided: bool,
-        negative: SequenceOf[int] | None = None,
-    ) -> Plan:
-        """Conditional and, if guided, unconditional branch of `sequence`; `negative` ids take the caption's
-        place.
-        """
-        split = sequence.caption
-        branches = [(sequence, rope.positions(sequence, tokens_per_second))]
-        if guided and negative:
-            other = sequence.with_caption(negative)
-            branches.append((other, rope.positions(other, tokens_per_second)))
-        elif guided:
-            branches.append(
-                (sequence.without_caption(), rope.unconditional_positions(sequence, tokens_per_second))
-            )
-        named = dict(zip(Branch, branches, strict=False))
-        placed = {
-            b: [Placed(*pair) for pair in zip(s.context, p, strict=False)] for b, (s, p) in named.items()
-        }
-        targets = {b: p[-1] for b, (_, p) in named.items()} if sequence.target else {}
-        rests = {b: segments[split:] for b, segments in placed.items()}
-        return cls(sequence, placed[Branch.CONDITIONAL][:split], rests, targets)
-
-    @property
-    def lengths(self) -> tuple[int, tuple[int, ...]]:
-        """Tokens of the prefix and of each branch's rest, in `Branch`'s order."""
-        prefix, *rests = (sum(s.length for s, _ in part) for part in (self.prefix, *self.rests.values()))
-        return prefix, tuple(rests)
-
-    @property
-    def grid(self) -> Grid:
-        """Latent cells (t, h, w) of the target.
-
-        Raises:
-            ValueError: an understanding plan, which has none.
-        """
-        if self.sequence.target is None:
-            raise ValueError("the plan of an understanding sequence has no target to denoise")
-        return self.sequence.target.grid
-
-
-@dataclass(eq=False)
-class Prepared:
-    """A planned request with its context computed, the prefix and the branches in `ready`.
-
-    rope: per branch cos and sin of the target [1, tokens, width].
-    markers: embeddings of the target's two marker tokens [1, 2, hidden].
-    table: latent position table [tokens, hidden].
-    """
-
-    plan: Plan
-    context: Context
-    rope: dict[Branch, tuple[Tensor, Tensor]]
-    markers: Tensor
-    table: Tensor
-    ready: set[Branch] = field(default_factory=set)
-
-
-@dataclass(frozen=True, eq=False)
-class Row:
-    """What one row of a velocity call runs against: a branch of a prepared request."""
-
-    prepared: Prepared
-    branch: Branch
+__all__ = ["DualExpert", "Generation", "Plan", "Prepared", "Row", "Understanding", "latent_positions"]
 
 
 class DualExpert:
@@ -283,7 +93,8 @@ class DualExpert:
         """
         if self.gen is None:
             raise RequestError(
-                "this request has latents in it, and only the understanding expert is loaded: load both experts"
+                "this request has latents in it, and only the understanding expert is loaded: load both "
+                "experts"
             )
         return self.gen
 

@@ -1,6 +1,6 @@
 """Projections that share an input, as one linear layer: one product instead of two or three.
 
-Files, LoRAs and messages know the projections apart (`q_proj`, `k_proj`, `v_proj`); the module has one weight,
+Files, LoRAs and messages know the projections apart (`q_proj`, `k_proj`, `v_proj`); the module has one layer,
 `qkv_proj`, with their rows one below the other. `joined_rows` maps the names of the file to those rows,
 `JoinsOnLoad` makes `load_state_dict` take them, and `named_weights` gives them back as views.
 """

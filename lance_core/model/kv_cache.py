@@ -4,9 +4,9 @@ One buffer a layer serves both branches of guidance, whose contexts differ only 
 
     [ unconditional rest | shared prefix | target | conditional rest ]
 
-Once rope is applied, attention does not depend on order, so each branch with its target is one contiguous slice
-of the buffer, and nothing is copied per step. Each row writes the target's place just before its attention;
-rows of a batch therefore share it.
+Once rope is applied, attention does not depend on order, so each branch with its target is one contiguous
+slice of the buffer, and nothing is copied per step. Each row writes the target's place just before its
+attention; rows of a batch therefore share it.
 
 What a decoder layer attends to is an `Attend`, one of the three classes at the end.
 """
@@ -112,8 +112,8 @@ class Context:
         keys, values = self.keys[layer], self.values[layer]
         if torch.is_grad_enabled() and k.requires_grad:  # training: autograd keeps what each row attended to
             prefix, rest = (slice(r.start, r.stop) for r in (self.prefix, self.rests[branch]))
-            whole = [torch.cat([b[prefix], b[rest], n[0]])[None] for b, n in ((keys, k), (values, v))]
-            return attention(q, *whole, False)
+            k, v = (torch.cat([b[prefix], b[rest], n[0]])[None] for b, n in ((keys, k), (values, v)))
+            return attention(q, k, v, False)
         keys[self.target] = k[0]
         values[self.target] = v[0]
         view = self.views[branch]
@@ -156,8 +156,8 @@ class AttendTargets:
 
 
 class AppendToken:
-    """An `Attend` that appends one token to the prefix, and attends over the whole buffer with what is not
-    there yet masked: shapes and addresses are the same for every token, so that it can be recorded as a graph.
+    """An `Attend` that appends one token to the prefix, and attends to the whole buffer with the free slots
+    masked. Shapes and addresses are the same for every token, so that it can be recorded as a graph.
 
     The caller moves `slot` on and keeps the region's count.
     """

@@ -1,9 +1,8 @@
-"""The layers everything is built from: with attention.py the one seam for ComfyUI, a weight format or a
-faster kernel.
+"""The layers everything is built from. Together with attention.py it is the one place where ComfyUI, a weight
+format or a faster kernel comes in.
 
-A module takes `ops`, an object with the layer classes below, and never names torch.nn layers itself.
-ComfyUI's `comfy.ops.manual_cast` has the same classes, so weights can be cast, offloaded and patched by the
-host.
+A module takes `ops`, an object with the layer classes below, and never names torch.nn layers itself. ComfyUI's
+`comfy.ops.manual_cast` has the same classes, so that ComfyUI can cast, offload and patch the weights.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ FEW_ROWS = 4 if torch.backends.mkl.is_available() else 0
 
 
 class _NoInit:
-    """Weights always come from a file, so the time torch spends on initialising them is saved."""
+    """Skips torch's initialisation: weights always come from a file."""
 
     def reset_parameters(self) -> None:
         return None
@@ -42,13 +41,11 @@ class TorchOps:
         pass
 
     class RMSNorm(_NoInit, nn.RMSNorm):
-        """Root-mean-square norm over the last axis; torch reduces it in float32 whatever the weights' dtype."""
+        """Root-mean-square norm over the last axis, reduced in float32 whatever the weights' dtype."""
 
 
 def are_few(x: Tensor) -> bool:
-    """Whether `few_rows` is the faster way: for a few rows of float32 on a CPU, which the library else
-    multiplies one after the other.
-    """
+    """Whether `few_rows` is faster: for a few rows of float32 on a CPU, which MKL multiplies row by row."""
     return (
         x.is_cpu
         and x.dtype == torch.float32

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..config import LATENT_CHANNELS
+from ..config import LATENT_CHANNELS, RELEASED_SAMPLING, Grid
 from ..errors import NumericsError, RequestError
 
 RENORMS = ("global", "channel", "none")
 
 
-def schedule(steps: int, shift: float = 3.5) -> Tensor:
+def schedule(steps: int, shift: float = RELEASED_SAMPLING.shift) -> Tensor:
     """Times [steps + 1], float32, 1 down to 0, bent by `shift` towards noise (SD3, arXiv 2403.03206, eq. 23).
 
     Raises:
@@ -25,19 +25,22 @@ def schedule(steps: int, shift: float = 3.5) -> Tensor:
     """
     if isinstance(steps, bool) or int(steps) != steps or steps < 1:
         raise RequestError(
-            f"steps is {steps}, expected a whole number of at least 1; the model's default is 30"
+            f"steps is {steps}, expected a whole number of at least 1; the model's default is "
+            f"{RELEASED_SAMPLING.steps}"
         )
     if not 0 < shift < float("inf"):
-        raise RequestError(f"shift is {shift}, expected a positive number; the model's default is 3.5")
+        raise RequestError(
+            f"shift is {shift}, expected a positive number; the model's default is {RELEASED_SAMPLING.shift}"
+        )
     t = torch.linspace(1, 0, int(steps) + 1)
     return shift * t / (1 + (shift - 1) * t)
 
 
-def seeded_noise(seed: int, grid: tuple[int, int, int], before: int = 0) -> Tensor:
+def seeded_noise(seed: int, grid: Grid, before: int = 0) -> Tensor:
     """The target's starting noise [t, h, w, 48], float32 on the CPU.
 
-    One row per latent token of the whole sequence is drawn, `before` of them for references, whose rows are
-    not used.
+    One row is drawn per latent token of the whole sequence, as in the released code; the first `before` belong
+    to references and are dropped.
     """
     t, h, w = grid
     rows = torch.randn((before + t * h * w, LATENT_CHANNELS), generator=torch.Generator().manual_seed(seed))
@@ -53,18 +56,18 @@ class Guidance:
     renorm: "global", "channel" or "none"; how the guided velocity is scaled back, never below `renorm_min`.
     """
 
-    scale: float = 4.0
-    interval: tuple[float, float] = (0.4, 1.0)
-    renorm: str = "global"
-    renorm_min: float = 0.0
+    scale: float = RELEASED_SAMPLING.cfg
+    interval: tuple[float, float] = RELEASED_SAMPLING.cfg_interval
+    renorm: str = RELEASED_SAMPLING.renorm
+    renorm_min: float = RELEASED_SAMPLING.renorm_min
 
     def __post_init__(self) -> None:
         if self.renorm not in RENORMS:
             raise RequestError(f"renorm is {self.renorm!r}, expected one of {', '.join(RENORMS)}")
         if not 0 <= self.scale < float("inf"):
             raise RequestError(
-                f"cfg is {self.scale}, expected a number from 0 on; 4.0 is the model's default, 1 turns "
-                "guidance off"
+                f"cfg is {self.scale}, expected a number from 0 on; {RELEASED_SAMPLING.cfg} is the model's "
+                "default, 1 turns guidance off"
             )
         if not 0 <= self.renorm_min <= 1:
             raise RequestError(f"renorm_min is {self.renorm_min}, expected 0 to 1")
@@ -137,10 +140,9 @@ def euler(
         NumericsError: NaN or infinity appeared; says in which step.
     """
     total = len(times) - 1
-    failed = torch.full(
-        (), total, dtype=torch.long, device=x.device
-    )  # first bad step, kept on the device: no sync a step
-    x, at = x.clone(), times.to(x.device)  # one copy, so that no step waits for its own
+    # The first bad step stays on the device, and the times are copied once: no step waits for the device.
+    failed = torch.full((), total, dtype=torch.long, device=x.device)
+    x, at = x.clone(), times.to(x.device)
     for i in range(total):
         cond, uncond = velocity(x, at[i], guidance.applies(times[i]))
         v = cond if uncond is None else guidance.combine(cond, uncond)
@@ -153,7 +155,6 @@ def euler(
     if int(failed) < total:
         raise NumericsError(
             f"denoising gave NaN or infinity in step {int(failed) + 1} of {total}: the weights or the "
-            "starting latents are damaged, "
-            "or float16 overflowed; check the checkpoint with `info`, or use bfloat16"
+            "starting latents are damaged, or float16 overflowed; check the checkpoint with `info`, or use bfloat16"
         )
     return x

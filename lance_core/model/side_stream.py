@@ -1,6 +1,4 @@
-"""A second line of work on one device, for what is small and waits for memory beside what is large and
-computes.
-"""
+"""A second CUDA stream, so that small work bound by memory overlaps large work bound by arithmetic."""
 
 from __future__ import annotations
 
@@ -13,13 +11,10 @@ from ..errors import RequestError
 
 
 class SideStream:
-    """Work on a CUDA stream of its own, which goes first where both lines want the device: one piece at a
-    time, `start`, then `result`.
+    """Work on a CUDA stream of its own and of higher priority: `start` one task, later take its `result`.
 
-    Between the two, the main line must not write what the work reads, nor touch what it writes. Results may
-    be used until the
-    next piece is started, or kept: their memory goes back to this stream, whose next work waits for the main
-    line.
+    Between the two, the main stream must not write what the task reads, nor touch what it writes. Results may
+    be kept: their memory goes back to this stream, whose next task waits for the main stream.
 
     Raises:
         RequestError: the device is no CUDA device.
@@ -34,7 +29,7 @@ class SideStream:
         self.pending: tuple[Callable[[], Any], Any] | None = None
 
     def start(self, work: Callable[[], Any]) -> None:
-        """Queue `work` behind all that the main line has queued so far."""
+        """Queue `work` behind all that the main stream has queued so far."""
         if self.pending is not None:  # left by an error: its memory may only be used again behind it
             self.result()
         self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
@@ -42,7 +37,13 @@ class SideStream:
             self.pending = work, work()  # with what it reads, which no new tensor may replace while it runs
 
     def result(self) -> Any:
-        """What the work started last returned; what the main line queues from now on waits for it."""
+        """What the task started last returned; what the main stream queues from now on waits for it.
+
+        Raises:
+            RuntimeError: none was started.
+        """
+        if self.pending is None:
+            raise RuntimeError("result() without start()")
         torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
         (_, found), self.pending = self.pending, None
         return found

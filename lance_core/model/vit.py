@@ -1,7 +1,7 @@
 """Qwen2.5-VL's vision tower: normalised patches in, one embedding per merged patch group out.
 
-An independent leaf: it knows nothing of sequences, prompts or pixels. preprocess.py makes its input. Tensor
-names are those of vit.safetensors. Source of the architecture: the Qwen2.5-VL technical report (arXiv
+It knows nothing of sequences, prompts or pixels; inputs/preprocess.py makes its input. Tensor names are those of
+vit.safetensors. Source of the architecture: the Qwen2.5-VL technical report (arXiv
 2502.13923), section 2.1.
 """
 
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import ViTConfig
+from ..config import Grid, ViTConfig
 from ..errors import CheckpointError, MediaError
 from .attention import Attention
 from .attention import attention as torch_attention
@@ -25,11 +25,8 @@ from .rope import rotate_into, trained_frequencies
 
 RMS_EPS = 1e-6
 ROPE_THETA = 10_000.0
-VIT_ROPE_CHUNK = (
-    8192  # patches rotated at once, and a frame at least: their float32 copies are larger than anything else
-)
-
-Grid = tuple[int, int, int]
+# Patches rotated at once, and a frame at least: their float32 copies are larger than anything else.
+VIT_ROPE_CHUNK = 8192
 
 
 @dataclass(frozen=True)
@@ -133,8 +130,8 @@ class SelfAttention(nn.Module):
         mixed = qkv.new_empty(layout.grid[0], layout.frame, qkv.shape[1] // 3)
         for group in layout.classes:
             span = slice(group.start, group.start + group.count * group.tokens)
-            windows = [s[:, span].reshape(-1, group.tokens, *s.shape[2:]) for s in (q, k, v)]
-            mixed[:, span] = self.attention(*windows, False).reshape(
+            wq, wk, wv = (s[:, span].reshape(-1, group.tokens, *s.shape[2:]) for s in (q, k, v))
+            mixed[:, span] = self.attention(wq, wk, wv, False).reshape(
                 layout.grid[0], group.count * group.tokens, -1
             )
         return mixed.flatten(0, 1)
@@ -164,7 +161,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer, in place: attention inside windows, or inside whole frames if `full`, and the feed-forward."""
+    """One layer, in place: attention inside windows (inside whole frames if `full`), then feed-forward."""
 
     def __init__(
         self, config: ViTConfig, full: bool, ops: Any, attention: Attention, device: Any, dtype: Any
@@ -182,11 +179,11 @@ class Block(nn.Module):
 
 
 @cache
-def _whole_kernel(conv: type) -> type:
-    """A host's convolution, for inputs exactly as large as its kernel: a matrix product of what both hold.
+def _whole_kernel(conv: Any) -> Any:
+    """A convolution class of `ops` for inputs exactly as large as its kernel: it runs as a matrix product.
 
-    Libraries take many small inputs through their slowest ways, and cuDNN refuses more than 65,535, which a
-    clip reaches. The host may cast, patch and stream the weight as ever.
+    Convolutions are slow over many small inputs, and cuDNN refuses more than 65,535, which a clip reaches. As
+    a subclass of `ops`' own class, it leaves casting, patching and streaming of the weight to ComfyUI.
     """
 
     class WholeKernel(conv):
@@ -243,7 +240,7 @@ class VisionTower(nn.Module):
     Args:
         config: sizes; nothing else decides the architecture.
         ops: layer classes (see ops.py).
-        attention: `ops.attention`, or a host's function of the same shape.
+        attention: `attention.attention`, or ComfyUI's, wrapped to the same signature.
     """
 
     def __init__(
@@ -344,13 +341,16 @@ class VisionTower(nn.Module):
 
     def _check(self, patches: Tensor, grids: Sequence[Sequence[int]]) -> list[Grid]:
         config = self.config
-        sizes = [tuple(int(side) for side in grid) for grid in grids]
         merge = config.spatial_merge_size
-        for grid in sizes:
-            if len(grid) != 3 or min(grid) < 1 or grid[1] % merge or grid[2] % merge:
+        sizes: list[Grid] = []
+        for grid in grids:
+            given = tuple(int(side) for side in grid)
+            if len(given) != 3 or min(given) < 1 or given[1] % merge or given[2] % merge:
                 raise MediaError(
-                    f"a ViT grid of {grid} came; expected (t, h, w), positive, h and w multiples of {merge}."
+                    f"got a ViT grid of {given}, expected (t, h, w), positive, h and w multiples of {merge}."
                 )
+            t, h, w = given
+            sizes.append((t, h, w))
         total = sum(t * h * w for t, h, w in sizes)
         width = config.in_channels * config.temporal_patch_size * config.patch_size**2
         if not total or tuple(patches.shape) != (total, width):

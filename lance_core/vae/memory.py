@@ -2,13 +2,13 @@
 
 Counted in elements of the compute dtype, without the weights and without the input:
 
-    2 frames of every causal convolution's input, its past (none for a single latent frame: nothing comes
-    after) + the most that is alive at once, over all layers: the level's input, held for its shortcut; the
-      block's input; the convolution's input behind its past, twice, because libraries reorder it; its
-      weights, reordered; its output
-    + attention scores, should the library spell them out
-    all that and an eighth, for an allocator's rounding
-    + the result, and when tiled the features that go from one stage to the other.
+    the past: 2 frames of every causal convolution's input (none for a single latent frame)
+    + the most that is alive at once, over all layers: the level's input, kept for its shortcut; the block's
+      input; the convolution's input behind its past, twice, because libraries reorder it; its weights,
+      reordered; its output
+    + attention scores, in case the library materialises them
+    all of it times 9/8, for the allocator's rounding
+    + the result, and when tiled the features between the two stages.
 
 Only the last line grows with the number of frames. On a CPU torch may unfold a small float32 convolution into
 a matrix of 27 times its input; that is not counted.
@@ -21,7 +21,8 @@ from collections.abc import Sequence
 import torch
 
 from ..config import VAEConfig
-from .layers import CONTEXT, FOLD_FROM, down_steps, up_steps
+from .layers import down_steps, up_steps
+from .streaming import CONTEXT, FOLD_FROM
 
 
 def decode_bytes(

@@ -1,10 +1,10 @@
-"""Wan2.2's video VAE: pixels to latents and back, streamed over time, tiled over space when asked or out of
+"""Wan2.2's video VAE: pixels to latents and back, streamed over time, tiled over space when asked to or out of
 memory.
 
-Works in the dtype and on the device of what it is given; results are float32 there. Latents here are the
-VAE's own; `normalize_latent` and `denormalize_latent` translate to the unit-variance ones the rest of Lance
-uses. The layers are in vae_blocks.py, what a pass costs in vae_memory.py; loading, devices, resizing and
-8-bit pixels are elsewhere.
+It works in the dtype and on the device of its input; results are float32 there. Latents here are the VAE's own;
+`normalize_latent` and `denormalize_latent` convert to and from the unit-variance ones the rest of Lance uses.
+The layers are in layers.py, the memory a pass needs in memory.py; loading, devices, resizing and 8-bit pixels
+are elsewhere.
 """
 
 from __future__ import annotations
@@ -13,23 +13,25 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..config import VAEConfig
+from ..config import Grid, VAEConfig
 from ..errors import RequestError
 from ..model.ops import TorchOps
-from .layers import Decoder, Encoder, Stream, patchify, unpatchify
+from .layers import Decoder, Encoder
 from .memory import decode_bytes, encode_bytes
+from .shortcuts import patchify, unpatchify
+from .streaming import Stream
 
 log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 Check = Callable[[], None]
-Step = Callable[
-    [Tensor, int, Stream], Tensor
-]  # (source, latent frame, past) to that frame's part of the result
+# (source, latent frame, past) -> that frame's part of the result
+Step = Callable[[Tensor, int, Stream], Tensor]
 
 OUT_OF_MEMORY: type[Exception] = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
 TILE, OVERLAP = 32, 12  # latent cells
@@ -53,13 +55,13 @@ LATENT_STD = (
 
 
 def normalize_latent(z: Tensor, dim: int = 1) -> Tensor:
-    """The VAE's latent as the model sees it, (z - mean) / std per channel; `dim` is the axis of 48 channels."""
+    """VAE latent -> model latent, (z - mean) / std per channel; `dim` is the axis of the 48 channels."""
     mean, std = _statistics(z, dim)
     return (z - mean) / std
 
 
 def denormalize_latent(z: Tensor, dim: int = 1) -> Tensor:
-    """The model's latent as the VAE decodes it, z * std + mean per channel; `dim` is the axis of 48 channels."""
+    """Model latent -> VAE latent, z * std + mean per channel; `dim` is the axis of the 48 channels."""
     mean, std = _statistics(z, dim)
     return z * std + mean
 
@@ -83,7 +85,7 @@ class WanVAE(nn.Module):
     by an exception at any point, and run side by side.
     """
 
-    def __init__(self, config: VAEConfig, ops=TorchOps, device=None, dtype=None) -> None:
+    def __init__(self, config: VAEConfig, ops: Any = TorchOps, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
         self.config = config
         place = {"device": device, "dtype": dtype}
@@ -153,18 +155,19 @@ class WanVAE(nn.Module):
         """
         channels = self.config.latent_channels
         _require(latent, channels, f"[batch, {channels}, frames, height, width] in latent cells")
-        return _run(self._decode, latent, tuple(latent.shape[2:]), tile, overlap, progress, check)
+        t, h, w = latent.shape[2:]
+        return _run(self._decode, latent, (t, h, w), tile, overlap, progress, check)
 
     def memory_estimate_encode(
         self, pixel_shape: Sequence[int], dtype: torch.dtype, tile: int | None = None
     ) -> int:
-        """Bytes that encoding pixels of this shape takes at its peak; see vae_memory.py."""
+        """Bytes that encoding pixels of this shape takes at its peak; see memory.py."""
         return encode_bytes(self.config, pixel_shape, dtype, tile)
 
     def memory_estimate_decode(
         self, latent_shape: Sequence[int], dtype: torch.dtype, tile: int | None = None
     ) -> int:
-        """Bytes that decoding a latent of this shape takes at its peak; see vae_memory.py."""
+        """Bytes that decoding a latent of this shape takes at its peak; see memory.py."""
         return decode_bytes(self.config, latent_shape, dtype, tile)
 
     def _encode(self, pixels: Tensor, tile: int | None, overlap: int, meter: _Meter) -> Tensor:
@@ -220,7 +223,7 @@ class WanVAE(nn.Module):
 
 
 class _Meter:
-    """Tells the caller how far a pass is, and lets the caller end it: both callbacks may raise."""
+    """Reports progress and checks for an abort: both callbacks may raise to end the pass."""
 
     def __init__(self, progress: Progress | None, check: Check | None) -> None:
         self.progress, self.check = progress, check
@@ -252,7 +255,7 @@ def _require(x: Tensor, channels: int, expected: str) -> None:
 def _run(
     work: Callable[[Tensor, int | None, int, _Meter], Tensor],
     x: Tensor,
-    grid: tuple[int, int, int],
+    grid: Grid,
     tile: int | None,
     overlap: int | None,
     progress: Progress | None,
@@ -298,14 +301,14 @@ def _sweep(
     at = 0
     for i in meter.steps(frames):
         stream.first, stream.last = i == 0, i == frames - 1
-        piece = step(source, i, stream)
-        place = result[:, :, at : at + piece.shape[2]]
+        chunk = step(source, i, stream)
+        place = result[:, :, at : at + chunk.shape[2]]
         if weights is None:
-            place.copy_(piece)
+            place.copy_(chunk)
         else:
-            place.addcmul_(piece.to(place.dtype), weights)
-        at += piece.shape[2]
-        del piece  # not to be alive through the next step
+            place.addcmul_(chunk.to(place.dtype), weights)
+        at += chunk.shape[2]
+        del chunk  # so that it is freed before the next step
 
 
 def _sweep_tiles(
@@ -342,8 +345,8 @@ class _Span:
         """[cells * scale], float32: neighbours fade into each other linearly over the middle quarter of what
         they share.
 
-        Further out one of them is close to its own border, which the picture does not have; it gets no say
-        there.
+        Further out, one of them is close to its own border, which the picture does not have; its weight there is
+        zero.
         """
         at = (torch.arange(self.start * scale, self.stop * scale) + 0.5) / scale
         return _rise(at, self.start, self.before) * (1 - _rise(at, self.after, self.stop))
