@@ -19,7 +19,9 @@ from lance_core.checkpoint import tiny
 from lance_core.checkpoint.checkpoint import Checkpoint
 from lance_core.checkpoint.quantize import FORMATS, quantisable
 from lance_core.config import LanceConfig
-from lance_core.model.dual_expert import DualExpert, Generation, Plan, Row, Understanding
+from lance_core.model.dual_expert import DualExpert
+from lance_core.model.experts import Generation, Understanding
+from lance_core.model.plan import Plan, Row
 from lance_core.model.sequence import Branch
 from lance_core.vae.wan import WanVAE
 

@@ -20,8 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..model import rope
-from ..model.dual_expert import DualExpert, Plan, latent_positions
+from ..model.dual_expert import DualExpert
+from ..model.experts import latent_positions
 from ..model.joined import JoinedLinear
+from ..model.plan import Plan
 from ..model.sampler import Guidance, euler
 from ..model.sequence import MARKERS, Branch, Kind, Placed, Sequence, TextSegment, merge_text
 
