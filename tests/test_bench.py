@@ -25,7 +25,9 @@ from lance_core.config import RELEASED_LLM, LanceConfig, LLMConfig, VAEConfig, V
 from lance_core.errors import CheckpointError, RequestError
 from lance_core.model.decoder import ExpertLayer
 from lance_core.model.denoise import denoise
-from lance_core.model.dual_expert import DualExpert, Generation, Plan, Row, Understanding
+from lance_core.model.dual_expert import DualExpert
+from lance_core.model.experts import Generation, Understanding
+from lance_core.model.plan import Plan, Row
 from lance_core.model.sampler import Guidance, schedule
 from lance_core.model.sequence import Branch
 from lance_core.model.token_loop import TokenLoop

@@ -16,7 +16,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..config import LATENT_CHANNELS, TIME_FREQUENCIES, LLMConfig, VAEConfig, ViTConfig
-from ..model.dual_expert import Plan
+from ..model.plan import Plan
 from ..model.sequence import MARKERS, is_clean, merge_text
 from ..model.vit import window_classes
 from ..vae.wan import WanVAE

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from ..checkpoint.checkpoint import Progress
 from ..errors import RequestError
-from ..model.dual_expert import DualExpert, Generation, Understanding
+from ..model.dual_expert import DualExpert
+from ..model.experts import Generation, Understanding
 
 T = TypeVar("T")
 M = TypeVar("M", bound=nn.Module)

@@ -28,7 +28,7 @@ from ..config import latent_grid
 from ..inputs import prompts
 from ..inputs.tasks import TASKS
 from ..model.denoise import denoise
-from ..model.dual_expert import Plan
+from ..model.plan import Plan
 from ..model.sampler import Guidance, schedule, seeded_noise
 from ..pipeline import load
 from .device import synchronize

@@ -22,7 +22,9 @@ from ..inputs import tasks
 from ..model.compiling import compile_layers
 from ..model.decoder import FEED_CHUNK
 from ..model.denoise import denoise
-from ..model.dual_expert import DualExpert, Generation, Plan, Understanding
+from ..model.dual_expert import DualExpert
+from ..model.experts import Generation, Understanding
+from ..model.plan import Plan
 from ..model.sampler import Guidance, schedule
 from ..model.sequence import Sequence
 from ..model.side_stream import SideStream

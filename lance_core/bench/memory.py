@@ -28,7 +28,9 @@ from ..checkpoint.quantize import FORMATS, Format, QuantLinear, quantisable, swa
 from ..config import CELL, LATENT_CHANNELS, LanceConfig
 from ..errors import RequestError
 from ..inputs import preprocess
-from ..model.dual_expert import DualExpert, Generation, Plan, Row, Understanding
+from ..model.dual_expert import DualExpert
+from ..model.experts import Generation, Understanding
+from ..model.plan import Plan, Row
 from ..model.sequence import Branch
 from ..model.token_loop import TokenLoop
 from ..model.vit import VisionTower

@@ -49,8 +49,8 @@ def _passes(parser: argparse.ArgumentParser, skip: tuple[str, ...]) -> None:
     parser.add_argument("--layers", type=int, help="cut the decoder to so many (default: as memory holds)")
     _option(parser, "context", 100, "length of the caption or question", "TOKENS")
     _option(parser, "repeat", 5, "timed runs of each measure, after warm-up; the median counts")
-    _option(parser, "compile", False, "as with the tasks; the baseline stays as it is")
-    _option(parser, "overlap", False, "as with the tasks")
+    _option(parser, "compile", False, "as of the tasks; the baseline is never compiled")
+    _option(parser, "overlap", False, "as of the tasks")
     _option(parser, "profile", False, "also say what ours spends its time on")
     leave = f"leave out some of {', '.join(skip)}"
     parser.add_argument("--skip", nargs="+", default=[], metavar="WHAT", help=leave)
@@ -116,7 +116,9 @@ def _overhead(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--comfyui-python", metavar="PYTHON", help=python)
     parser.add_argument("--model", metavar="DIR", help="a checkpoint folder, instead of random weights")
     _option(parser, "layers", 2, "of the random weights")
-    _option(parser, "tiny", False, "tiny widths: a step then costs little but calling it")
+    _option(
+        parser, "tiny", False, "tiny widths: hardly any arithmetic, so that a step is what calling it costs"
+    )
     _option(parser, "size", "256x256", "", "WxH")
     _option(parser, "steps", 6, "in a run, at least 2")
     _option(parser, "rounds", 5, "runs of each path")
@@ -128,7 +130,7 @@ def _overhead(parser: argparse.ArgumentParser) -> None:
 
 COMMANDS = {
     "speed": ("passes of the sizes you ask for; what `bench` does without a command", _speed),
-    "suite": ("all kinds of work against this device's limit and the released procedure; growth", _suite),
+    "suite": ("every kind of work against this device's limit and the released procedure", _suite),
     "memory": ("peak memory of requests at the released sizes, and the smallest card that has it", _memory),
     "loading": ("peak memory and time of loading a checkpoint of the released sizes; Linux only", _loading),
     "quality": ("how far each weight format drifts from float32 and from bf16", _quality),

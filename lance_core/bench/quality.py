@@ -27,7 +27,9 @@ from ..config import LATENT_CHANNELS, RELEASED_LLM, LanceConfig
 from ..errors import CheckpointError
 from ..inputs.tasks import check_count
 from ..model.denoise import denoise
-from ..model.dual_expert import DualExpert, Generation, Plan, Row, Understanding
+from ..model.dual_expert import DualExpert
+from ..model.experts import Generation, Understanding
+from ..model.plan import Plan, Row
 from ..model.sampler import Guidance, schedule
 from ..model.sequence import Branch
 from ..vae.wan import WanVAE, denormalize_latent

@@ -20,8 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..model import rope
-from ..model.dual_expert import DualExpert, Plan, latent_positions
+from ..model.dual_expert import DualExpert
+from ..model.experts import latent_positions
 from ..model.joined import JoinedLinear
+from ..model.plan import Plan
 from ..model.sampler import Guidance, euler
 from ..model.sequence import MARKERS, Branch, Kind, Placed, Sequence, TextSegment, merge_text
 
@@ -41,8 +43,8 @@ Each = Callable[[str, Tensor], Tensor]
 
 
 def parts_of(layer: Any) -> dict[str, Part]:
-    """What one expert's layer (ExpertLayer) is made of, each projection on its own and multiplied plainly: rows of a joined
-    weight are views.
+    """What one expert's layer (an ExpertLayer) is made of, each projection on its own and multiplied plainly:
+    rows of a joined weight are views.
     """
     parts: dict[str, Part] = {}
     for owner in (layer.self_attn, layer.mlp):

@@ -305,7 +305,7 @@ def quantisable(name: str, layers: int | None = None) -> bool:
     """Whether a module's tensor may be quantised: a matrix of a decoder layer's attention or feed-forward.
 
     Given the number of `layers`, the first and the last stay as they are: on random weights of 4 layers that
-    drifted less than keeping the two in the middle (scripts/measure_quality.py); trained weights were not at
+    drifted less than keeping the two in the middle (`bench quality`); trained weights were not at
     hand.
     """
     if not (name.startswith("layers.") and name.endswith("_proj.weight")):
