@@ -78,11 +78,8 @@ def write(
     following = TokenLoop(model, context, position, fixed)
     ahead = model.device.type != "cpu" if ahead is None else ahead
     ids: list[int] = []
-    text, complete, told = (
-        "",
-        0,
-        0,
-    )  # text of the first `complete` ids, and how much of what follows has been told
+    # Text of the first `complete` ids, and how many characters after it have been given to `on_token`.
+    text, complete, told = "", 0, 0
     while True:
         token = choose(logits[: len(tokenizer)])
         if token is None:

@@ -1,9 +1,9 @@
 """The dual-expert decoder: two stacks of the same shape, joined only for attention.
 
-A layer takes two tensors, `und` (text, ViT and marker tokens) and `gen` (latent tokens). `decoder_layer` reads
-top to bottom: norm, project and rope with each expert's own weights (`ExpertLayer.project`), one attention over
-both, then project back and feed-forward, again with each expert's own (`ExpertLayer.finish`). The stacks are
-separate modules, so that they can be placed, loaded and patched separately.
+A layer takes two tensors, `und` (text, ViT and marker tokens) and `gen` (latent tokens). `decoder_layer`
+reads top to bottom: norm, project and rope with each expert's own weights (`ExpertLayer.project`), one
+attention over both, then project back and feed-forward, again with each expert's own (`ExpertLayer.finish`).
+The stacks are separate modules, so that they can be placed, loaded and patched separately.
 
 Precision: weights and matmuls in the compute dtype; norms and rope compute in float32 inside (ops.RMSNorm,
 rope.rotate_into).
@@ -256,8 +256,8 @@ def run_layers(
     """All layers; see `decoder_layer`. `gen_layers` is needed only when there are generation tokens.
 
     Without autograd `gen` is overwritten; `und` is not, so that marker embeddings can be shared. side: a
-    second stream for the understanding expert's few tokens, beside the generation expert's many; the result is
-    the same.
+    second stream for the understanding expert's few tokens, beside the generation expert's many; the result
+    is the same.
     """
     und = und.clone()
     if side is not None and gen is not None and gen_layers is not None and not torch.is_grad_enabled():

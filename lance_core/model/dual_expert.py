@@ -1,7 +1,7 @@
 """Tokens and latents in, velocity and logits out: the passes over the two experts.
 
-`Understanding` alone answers questions; with `Generation` beside it, `DualExpert` makes pictures. It never moves
-weights between devices.
+`Understanding` alone answers questions; with `Generation` beside it, `DualExpert` makes pictures. It never
+moves weights between devices.
 """
 
 from __future__ import annotations

@@ -105,8 +105,8 @@ def latent_positions(grid: Grid, hidden: int) -> Tensor:
 
     Time and height each take a third of the width, rounded down to even; width takes the rest. Per axis
     sines, then cosines; frequencies in float64 (as MAE's `get_1d_sincos_pos_embed`). The weights were trained
-    with a table of 64 cells a side, read by flat index: a row of more than 64 cells (21:9 at 768) continues in
-    the next row's entries, and so it does here.
+    with a table of 64 cells a side, read by flat index: a row of more than 64 cells (21:9 at 768) continues
+    in the next row's entries, and so it does here.
     """
     t, h, w = grid
     side = MAX_LATENT_SIDE

@@ -1,8 +1,9 @@
 """The layers everything is built from. Together with attention.py it is the one place where ComfyUI, a weight
 format or a faster kernel comes in.
 
-A module takes `ops`, an object with the layer classes below, and never names torch.nn layers itself. ComfyUI's
-`comfy.ops.manual_cast` has the same classes, so that ComfyUI can cast, offload and patch the weights.
+A module takes `ops`, an object with the layer classes below, and never names torch.nn layers itself.
+ComfyUI's `comfy.ops.manual_cast` has the same classes, so that ComfyUI can cast, offload and patch the
+weights.
 """
 
 from __future__ import annotations

@@ -37,8 +37,8 @@ def schedule(steps: int, shift: float = RELEASED_SAMPLING.shift) -> Tensor:
 def seeded_noise(seed: int, grid: Grid, before: int = 0) -> Tensor:
     """The target's starting noise [t, h, w, 48], float32 on the CPU.
 
-    One row is drawn per latent token of the whole sequence, as in the released code; the first `before` belong
-    to references and are dropped.
+    One row is drawn per latent token of the whole sequence, as in the released code; the first `before`
+    belong to references and are dropped.
     """
     t, h, w = grid
     rows = torch.randn((before + t * h * w, LATENT_CHANNELS), generator=torch.Generator().manual_seed(seed))
@@ -153,6 +153,7 @@ def euler(
     if int(failed) < total:
         raise NumericsError(
             f"denoising gave NaN or infinity in step {int(failed) + 1} of {total}: the weights or the "
-            "starting latents are damaged, or float16 overflowed; check the checkpoint with `info`, or use bfloat16"
+            "starting latents are damaged, or float16 overflowed; check the checkpoint with `info`, "
+            "or use bfloat16"
         )
     return x

@@ -1,8 +1,8 @@
 """One text token after another behind a question; the rope tables are made once for all of them.
 
 The plain loop attends to the tokens so far, and grows. The fixed loop always attends to the whole room with
-the free slots masked, and keeps its state on the device: every step has the same shapes and addresses, so that
-a GPU can record it as a graph and replay it without Python.
+the free slots masked, and keeps its state on the device: every step has the same shapes and addresses, so
+that a GPU can record it as a graph and replay it without Python.
 """
 
 from __future__ import annotations

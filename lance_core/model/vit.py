@@ -1,8 +1,8 @@
 """Qwen2.5-VL's vision tower: normalised patches in, one embedding per merged patch group out.
 
-It knows nothing of sequences, prompts or pixels; inputs/preprocess.py makes its input. Tensor names are those of
-vit.safetensors. Source of the architecture: the Qwen2.5-VL technical report (arXiv
-2502.13923), section 2.1.
+It knows nothing of sequences, prompts or pixels; inputs/preprocess.py makes its input. Tensor names are those
+of vit.safetensors. Source of the architecture: the Qwen2.5-VL technical report (arXiv 2502.13923), section
+2.1.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""The layers of Wan2.2's video VAE: causal in time, streamed chunk by chunk (see streaming.py), named as in the
-released state dict. Whole videos, tiles, latent statistics and errors about a request are in wan.py.
+"""The layers of Wan2.2's video VAE: causal in time, streamed chunk by chunk (see streaming.py), named as in
+the released state dict. Whole videos, tiles, latent statistics and errors about a request are in wan.py.
 """
 
 from __future__ import annotations
@@ -195,7 +195,7 @@ class Encoder(nn.Module):
         self.head = head(widths[-1], 2 * config.latent_channels, ops, **place)
 
     def reduce(self, x: Tensor, stream: Stream) -> Tensor:
-        """The levels, local in space: [b, 3 patch^2, t, H/patch, W/patch] to features [b, width, t', h, w]."""
+        """The levels, local in space: [b, 3 patch^2, t, H/patch, W/patch] -> features [b, width, t', h, w]."""
         x = causal_conv(self.conv1, x, stream)
         for layer in self.downsamples:
             x = layer(x, stream)

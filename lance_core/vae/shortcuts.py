@@ -1,4 +1,4 @@
-"""What changes a picture's shape without weights: shortcuts around a level, and patches to channels and back."""
+"""Changes of shape without weights: shortcuts around a level, and patches to channels and back."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _places(x: Tensor, time: int, space: int) -> list[Tensor | None]:
 
 
 def patchify(x: Tensor, patch: int) -> Tensor:
-    """[b, 3, t, H, W] to [b, 3 patch^2, t, H/patch, W/patch]; columns come before rows in the channel order."""
+    """[b, 3, t, H, W] -> [b, 3 patch^2, t, H/patch, W/patch]; in the channels columns come before rows."""
     return rearrange(x, "b c t (h q) (w r) -> b (c r q) t h w", q=patch, r=patch)
 
 

@@ -1,8 +1,8 @@
 """Convolutions that run over a video chunk by chunk: what a chunk needs of the past, norms, memory layout.
 
 Every function works on one chunk of frames, [b, channels, t, h, w], and finds what came before it in the
-`Stream` it is given. No module keeps state of its own, so two passes may share the weights, and an aborted one
-leaves nothing behind.
+`Stream` it is given. No module keeps state of its own, so two passes may share the weights, and an aborted
+one leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ FOLD_FROM = 1024
 def layout(x: Tensor) -> torch.memory_format:
     """The memory layout for activations of x's shape on its device: channels last where that is faster.
 
-    cuDNN's half-precision kernels want it, and otherwise reorder every input and output. On a CPU it is faster,
-    too, but not for few points, where reordering the weights takes longer. Weights stay as they come, because
-    ComfyUI may hand over new ones at any call.
+    cuDNN's half-precision kernels want it, and otherwise reorder every input and output. On a CPU it is
+    faster, too, but not for few points, where reordering the weights takes longer. Weights stay as they come,
+    because ComfyUI may hand over new ones at any call.
     """
     if x.is_cpu:
         suits = x.shape[-2] * x.shape[-1] >= FEW_POINTS * x.element_size()
@@ -45,9 +45,9 @@ def layout(x: Tensor) -> torch.memory_format:
 class Stream:
     """The past of one pass over time: for each causal convolution, the last frames it was given.
 
-    `first` and `last` say where in the video the current chunk is. The first frame is special throughout Wan's
-    VAE: it is a latent frame by itself, so the layers that change the frame rate pass it through. After the
-    last chunk nothing is kept: a single image costs no cache at all.
+    `first` and `last` say where in the video the current chunk is. The first frame is special throughout
+    Wan's VAE: it is a latent frame by itself, so the layers that change the frame rate pass it through. After
+    the last chunk nothing is kept: a single image costs no cache at all.
     """
 
     def __init__(self) -> None:
@@ -131,7 +131,7 @@ def streaming_ops(ops: Any) -> SimpleNamespace:
     """
 
     class Conv3d(ops.Conv3d):
-        """Before a single frame there are only zeros, so the kernel's last slice does: a third of the work."""
+        """Before a single frame are only zeros, so the kernel's last slice is enough: a third of the work."""
 
         def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, *args, **kwargs) -> Tensor:
             if x.shape[2] > 1 or weight.shape[2] == 1:

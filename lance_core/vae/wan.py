@@ -1,10 +1,10 @@
-"""Wan2.2's video VAE: pixels to latents and back, streamed over time, tiled over space when asked to or out of
-memory.
+"""Wan2.2's video VAE: pixels to latents and back, streamed over time, tiled over space when asked to or out
+of memory.
 
-It works in the dtype and on the device of its input; results are float32 there. Latents here are the VAE's own;
-`normalize_latent` and `denormalize_latent` convert to and from the unit-variance ones the rest of Lance uses.
-The layers are in layers.py, the memory a pass needs in memory.py; loading, devices, resizing and 8-bit pixels
-are elsewhere.
+It works in the dtype and on the device of its input; results are float32 there. Latents here are the VAE's
+own; `normalize_latent` and `denormalize_latent` convert to and from the unit-variance ones the rest of Lance
+uses. The layers are in layers.py, the memory a pass needs in memory.py; loading, devices, resizing and 8-bit
+pixels are elsewhere.
 """
 
 from __future__ import annotations
@@ -345,8 +345,8 @@ class _Span:
         """[cells * scale], float32: neighbours fade into each other linearly over the middle quarter of what
         they share.
 
-        Further out, one of them is close to its own border, which the picture does not have; its weight there is
-        zero.
+        Further out, one of them is close to its own border, which the picture does not have; its weight there
+        is zero.
         """
         at = (torch.arange(self.start * scale, self.stop * scale) + 0.5) / scale
         return _rise(at, self.start, self.before) * (1 - _rise(at, self.after, self.stop))
