@@ -70,14 +70,14 @@ def damaged(name: str, error: BaseException) -> MediaError:
 def early_end(name: str) -> MediaError:
     """The MediaError for a file that stops before its last pixel."""
     return refused(
-        f"{name} cannot be read whole: the file ends early. It was cut while it was copied or downloaded; get "
-        "it again."
+        f"{name} cannot be read whole: the file ends early. It was cut while it was copied or downloaded; "
+        "get it again."
     )
 
 
 @contextmanager
 def decoding(name: str) -> Iterator[None]:
-    """Around one call of a decoder: damaged files make decoders raise anything, which becomes a MediaError."""
+    """Around one call of a decoder: whatever a damaged file makes it raise becomes a MediaError."""
     try:
         yield
     except LanceError:
@@ -88,13 +88,14 @@ def decoding(name: str) -> Iterator[None]:
 
 def decoded(items: Iterable[T], name: str) -> Iterator[T]:
     """The items of a decoder, with `decoding` around each step and around nothing else."""
-    steps, done = iter(items), object()
+    steps = iter(items)
     while True:
         with decoding(name):
-            item = next(steps, done)
-        if item is done:
-            return
-        yield item  # type: ignore[misc]
+            try:
+                item = next(steps)
+            except StopIteration:
+                return
+        yield item
 
 
 @contextmanager
