@@ -98,6 +98,16 @@ def test_a_temporary_name_is_unlike_any_other(tmp_path):
     assert target.read_bytes() == b"one" and len(list(tmp_path.iterdir())) == 1
 
 
+def test_what_a_kill_left_behind_is_cleaned_by_a_later_save(tmp_path):
+    names = [f".{pid}-{'0f' * 16}.part" for pid in (1, 2)] + [".1-mine.part", "1.part"]
+    for name in names:
+        (tmp_path / name).write_bytes(b"half")
+        os.utime(tmp_path / name, (0, 0))
+    os.utime(tmp_path / names[1])  # being written now
+    media.save_image(tmp_path / "x.png", noisy(1, 8, 8)[0])
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*names[1:], "x.png"])
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="Windows has no SIGKILL")
 @pytest.mark.parametrize("name", ["x.mp4", "x.png"])
 def test_a_kill_leaves_nothing_under_the_final_name(tmp_path, name):
