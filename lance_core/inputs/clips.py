@@ -16,7 +16,7 @@ from ..config import OUTPUT_FPS
 from ..errors import MediaError, RequestError
 from . import limits
 from .images import load_image
-from .pixels import pictures
+from .pixels import float_range, rgb_from_array
 from .preprocess import frame_indices, frames_wanted
 
 ASSUMED_FPS = 24.0  # of a clip without times and rate; the released code's assumption
@@ -114,7 +114,8 @@ def choose(
     if not picks or picks != sorted(picks) or picks[0] < 0 or picks[-1] >= total:
         asked = f"{str(picks)[:150]}" if len(picks) < 40 else f"{len(picks)} numbers"
         raise RequestError(
-            f"frames {asked} were asked of {total} in {name}; expected increasing numbers from 0 to {total - 1}."
+            f"frames {asked} were asked of {total} in {name}; expected increasing numbers from 0 to "
+            f"{total - 1}."
         )
     return picks, rate
 
@@ -135,8 +136,8 @@ def stack(frames: Iterable[np.ndarray], count: int, name: str) -> np.ndarray:
             out = np.empty((count, -(-first[0] // factor), -(-first[1] // factor), 3), np.uint8)
         if frame.shape != first:
             raise MediaError(
-                f"{name} changes size from {first[1]}x{first[0]} to {frame.shape[1]}x{frame.shape[0]}; re-encode "
-                "it at one size."
+                f"{name} changes size from {first[1]}x{first[0]} to {frame.shape[1]}x{frame.shape[0]}; "
+                "re-encode it at one size."
             )
         out[i] = frame if factor == 1 else np.asarray(Image.fromarray(frame).reduce(factor))
         i += 1
@@ -152,8 +153,8 @@ def _factor(frame: np.ndarray, count: int, name: str) -> int:
         factor += 1
         if max(height, width) / factor < limits.LEAST_REDUCED_SIDE:
             raise MediaError(
-                f"{count} frames of {width}x{height} from {name} take {count * frame.nbytes >> 20:,} MiB, more than "
-                f"{limits.MAX_CLIP_BYTES >> 20:,}; shorten the clip or scale it down."
+                f"{count} frames of {width}x{height} from {name} take {count * frame.nbytes >> 20:,} MiB, "
+                f"more than {limits.MAX_CLIP_BYTES >> 20:,}; shorten the clip or scale it down."
             )
     return factor
 
@@ -166,6 +167,9 @@ def read_memory(frames: Any, fps: float | None, pick: Pick | None) -> Clip:
             f"an array of shape {list(frames.shape)} came; expected a clip [frames, height, width, 3]."
         )
     picks, rate = choose(pick, len(frames), OUTPUT_FPS if fps is None else fps, None, None, name)
-    if isinstance(frames, np.ndarray | Tensor):  # one range for all frames: a black one alone tells none
-        return Clip.of(pictures(frames, picks=picks), float(rate), len(frames))
-    return Clip.of(stack((load_image(frames[i]) for i in picks), len(picks), name), float(rate), len(frames))
+    if isinstance(frames, np.ndarray | Tensor) or all(isinstance(f, np.ndarray | Tensor) for f in frames):
+        scale = float_range(frames)  # one for all frames: a black one alone tells none
+        kept = (rgb_from_array(frames[i], scale) for i in picks)
+    else:
+        kept = (load_image(frames[i]) for i in picks)
+    return Clip.of(stack(kept, len(picks), name), float(rate), len(frames))

@@ -24,7 +24,8 @@ def known_format(path: Path, known: Mapping[str, str], what: str) -> str:
     kind = known.get(path.suffix.lower())
     if kind is None:
         raise RequestError(
-            f"{name_of(path)} has extension {path.suffix[:20]!r}; a {what} can be saved as {', '.join(known)}."
+            f"{name_of(path)} has extension {path.suffix[:20]!r}; a {what} can be saved as "
+            f"{', '.join(known)}."
         )
     return kind
 
@@ -41,8 +42,8 @@ def to_json(metadata: Mapping[str, Any] | None) -> str | None:
         return json.dumps(dict(metadata), allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise RequestError(
-            f"metadata cannot be written as JSON ({str(error)[:150]}); expected strings, finite numbers, lists, "
-            "objects."
+            f"metadata cannot be written as JSON ({str(error)[:150]}); expected strings, finite numbers, "
+            "lists, objects."
         ) from error
 
 

@@ -6,16 +6,19 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import stat
+import time
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from ..errors import LanceError, MediaError
 from . import limits
 
+TEMPORARY = re.compile(r"\.\d+-[0-9a-f]{32}\.part")  # names that `replacing` gives
 HEAD_BYTES = 64  # enough for every signature below
 SIGNATURES = (
     (b"\x89PNG\r\n\x1a\n", "PNG"),
@@ -70,14 +73,14 @@ def damaged(name: str, error: BaseException) -> MediaError:
 def early_end(name: str) -> MediaError:
     """The MediaError for a file that stops before its last pixel."""
     return refused(
-        f"{name} cannot be read whole: the file ends early. It was cut while it was copied or downloaded; get "
-        "it again."
+        f"{name} cannot be read whole: the file ends early. It was cut while it was copied or downloaded; "
+        "get it again."
     )
 
 
 @contextmanager
 def decoding(name: str) -> Iterator[None]:
-    """Around one call of a decoder: damaged files make decoders raise anything, which becomes a MediaError."""
+    """Around one call of a decoder: whatever a damaged file makes it raise becomes a MediaError."""
     try:
         yield
     except LanceError:
@@ -88,13 +91,14 @@ def decoding(name: str) -> Iterator[None]:
 
 def decoded(items: Iterable[T], name: str) -> Iterator[T]:
     """The items of a decoder, with `decoding` around each step and around nothing else."""
-    steps, done = iter(items), object()
+    steps = iter(items)
     while True:
         with decoding(name):
-            item = next(steps, done)
-        if item is done:
-            return
-        yield item  # type: ignore[misc]
+            try:
+                item = next(steps)
+            except StopIteration:
+                return
+        yield item
 
 
 @contextmanager
@@ -184,10 +188,12 @@ def replacing(path: Path) -> Iterator[Path]:
     """A temporary file beside `path` that takes its place when all went well and is gone otherwise.
 
     Its name is unlike any other's, so that several processes may write one path: the last one wins, whole.
+    What a process that was killed left in the folder goes after `limits.STALE_SECONDS`.
 
     Raises:
         MediaError: the file cannot be written.
     """
+    _clean(path.absolute().parent)
     temporary = path.absolute().with_name(f".{os.getpid()}-{uuid.uuid4().hex}.part")
     try:
         yield temporary
@@ -200,3 +206,11 @@ def replacing(path: Path) -> Iterator[Path]:
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _clean(folder: Path) -> None:
+    oldest = time.time() - limits.STALE_SECONDS
+    for left in folder.glob(".*-*.part"):
+        with suppress(OSError):  # another process may be cleaning too
+            if TEMPORARY.fullmatch(left.name) and left.lstat().st_mtime < oldest:
+                left.unlink()

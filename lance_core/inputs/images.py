@@ -1,4 +1,4 @@
-"""Picture files: opened by Pillow within the limits, read whole or refused, and written with settings inside."""
+"""Picture files: opened by Pillow within the limits, read whole or refused, and written with settings."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import av
 import numpy as np
@@ -48,8 +48,9 @@ def load_image(source: Any) -> np.ndarray:
     A JPEG of more than `limits.MAX_PIXELS` is decoded at half its size.
 
     Args:
-        source: a path, bytes, a binary file, a PIL image, or an array or tensor [H, W], [H, W, 1..4] or [1, H,
-            W, 1..4] with floats (see `pixels.pictures`), uint8 or uint16 over their whole range, or booleans.
+        source: a path, bytes, a binary file, a PIL image, or an array or tensor [H, W], [H, W, 1..4] or
+            [1, H, W, 1..4] with floats (see `pixels.pictures`), uint8 or uint16 over their whole range, or
+            booleans.
 
     Raises:
         MediaError: missing, damaged, cut off, too large, NaN, or of a shape that is no picture.
@@ -120,8 +121,8 @@ class TimedFile:
         """Read, or stop a decoder that has taken too long."""
         if time.thread_time() > self.until:
             raise refused(
-                f"{self.name} takes more than {limits.MAX_DECODE_SECONDS:g} seconds to decode; open it in a viewer "
-                "and save it again."
+                f"{self.name} takes more than {limits.MAX_DECODE_SECONDS:g} seconds to decode; open it in a "
+                "viewer and save it again."
             )
         return self.file.read(size)
 
@@ -164,7 +165,7 @@ def _open(file: TimedFile, name: str, kind: str | None) -> Image.Image:
         with _pillow_lock:
             theirs, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
             try:
-                return Image.open(file, formats=formats)  # type: ignore[arg-type]
+                return Image.open(cast(Any, file), formats=formats)
             finally:
                 Image.MAX_IMAGE_PIXELS = theirs
     except MediaError:
@@ -174,8 +175,8 @@ def _open(file: TimedFile, name: str, kind: str | None) -> Image.Image:
             raise damaged(name, ValueError(f"its {kind} header makes no sense")) from error
         known = ", ".join(formats)
         raise refused(
-            f"{name} is no picture of a kind that is read here ({known}) or cannot be read. If it is a video, "
-            "give it as a clip; else open it in a viewer and save it again."
+            f"{name} is no picture of a kind that is read here ({known}) or cannot be read. If it is a "
+            "video, give it as a clip; else open it in a viewer and save it again."
         ) from error
     except Exception as error:  # Pillow's plugins raise whatever a damaged file makes them stumble over
         raise damaged(name, error) from error

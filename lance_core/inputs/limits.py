@@ -20,3 +20,4 @@ MAX_CLIP_BYTES = 1 << 29  # of the frames kept of one clip; larger frames are re
 LEAST_REDUCED_SIDE = 1280  # pixels; the longer side of a reduced frame stays above what the models see
 MAX_MESSAGE = 480  # characters of an error
 COUNTED_AT_ONCE = 1000  # frames counted between two calls of `progress`
+STALE_SECONDS = 24 * 3600  # before a temporary file counts as left by a process that was killed

@@ -1,8 +1,9 @@
 """Pictures and clips from files and memory as 8-bit RGB arrays, and results back to files with their settings
 inside: the public face of the modules that do it.
 
-Pillow opens pictures, PyAV (its own FFmpeg) videos; no other program is started. The bytes of a file say what it
-is, its name does not. A frame is uint8 [height, width, 3]. What the models make of frames is preprocess.py's.
+Pillow opens pictures, PyAV (its own FFmpeg) videos; no other program is started. The bytes of a file say what
+it is, its name does not. A frame is uint8 [height, width, 3]. What the models make of frames is in
+preprocess.py.
 """
 
 from __future__ import annotations
@@ -49,12 +50,12 @@ def read_clip(
             results of ours do.
         pick: (frames in all, fps) -> increasing frame numbers. By default `preprocess.frame_indices`, and for
             clips of uneven rate the same number of moments, evenly over the clip's time.
-        progress: (frames decoded, frames in all) of a file; raise in it to stop. While many frames are counted
-            it is told (0, frames so far).
+        progress: (frames decoded, frames in all) of a file; raise in it to stop. While many frames are
+            counted it is told (0, frames so far).
 
-    Returns: picked frames uint8 [n, H, W, 3], frames per second, frames in all; with the attribute `note` where
-        a file is cut off but most of it can be read. Frames of 4K and more are reduced by a whole factor where
-        they would take too much memory together.
+    Returns: picked frames uint8 [n, H, W, 3], frames per second, frames in all. Where a file is cut off, the
+        attribute `note` says how much of it was read. Frames above 1080p are reduced by a whole factor where
+        together they would take more than `limits.MAX_CLIP_BYTES`.
 
     Raises:
         MediaError: missing, damaged, cut off after next to nothing, without picture, or too large.

@@ -1,8 +1,8 @@
 """Moving pictures: GIF, WebP, APNG, AVIF and TIFF, which Pillow composes (transparency, partial frames) and
 FFmpeg reads only in part.
 
-Frames are counted and timed from the file's blocks, without decoding, so that a million of them can be refused
-or interrupted.
+Frames are counted and timed from the file's blocks, without decoding, so that a million of them can be
+refused or interrupted.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def read_moving(source: Any, fps: float | None, pick: Pick | None, progress: Pro
 
 
 def _decode(
-    image: Image.Image,
+    image: Any,
     file: TimedFile,
     name: str,
     picks: list[int],

@@ -31,12 +31,12 @@ def pictures(
     """A batch of pictures, as a person or a node may give it, as uint8 [n, height, width, 3].
 
     Args:
-        images: an array or tensor [n, h, w, c] or [h, w, c] or [h, w], or a list of those and of PIL images of
-            one size. c is 1 (grey), 2 (grey, alpha), 3 or 4 (RGB, alpha). uint8, uint16, booleans, or floats,
-            whose range is told from the whole batch: 0..1, 0..255 or -1..1.
-        mask: what is transparent, [h, w], [m, h, w] or [m, h, w, 1]: floats 0..1, booleans or uint8, where the
-            highest is transparent. One mask serves all pictures; of fewer masks than pictures the last repeats.
-            A mask that is 0 everywhere hides nothing and may have any size.
+        images: an array or tensor [n, h, w, c] or [h, w, c] or [h, w], or a list of those and of PIL images
+            of one size. c is 1 (grey), 2 (grey, alpha), 3 or 4 (RGB, alpha). uint8, uint16, booleans, or
+            floats, whose range is told from the whole batch: 0..1, 0..255 or -1..1.
+        mask: what is transparent, [h, w], [m, h, w] or [m, h, w, 1]: floats 0..1, booleans or uint8, where
+            the highest is transparent. One mask serves all pictures; of fewer masks than pictures the last
+            repeats. A mask that is 0 everywhere hides nothing and may have any size.
         picks: numbers of the pictures to keep, with their masks; all of them by default.
 
     Raises:
@@ -82,17 +82,17 @@ def rgb_from_image(image: Image.Image, name: str = "the image given") -> np.ndar
         return upright(out, orientation)
 
 
-def rgb_from_array(values: np.ndarray | Tensor) -> np.ndarray:
+def rgb_from_array(values: np.ndarray | Tensor, scale: tuple[float, float] | None = None) -> np.ndarray:
     """One picture as uint8 [H, W, 3], of an array or tensor [H, W], [H, W, 1..4] or [1, H, W, 1..4].
 
-    Levels are those of `pictures`; transparency goes on white.
+    Levels are those of `pictures`; `scale` is the range of a batch that it belongs to, by default its own.
+    Transparency goes on white.
 
     Raises:
         MediaError: another shape or type, or numbers that are no picture.
     """
     array = _as_array(values)
-    scale = float_range([array])
-    return _to_rgb(to_levels(_channels_last(array), scale))
+    return _to_rgb(to_levels(_channels_last(array), scale or float_range([array])))
 
 
 def float_range(arrays: Sequence[Any]) -> tuple[float, float]:
@@ -186,10 +186,11 @@ def _batch(images: Any) -> Any:
     else:
         images = _as_array(images)
         if images.ndim in (2, 3):
-            images = images[None]
+            images = _channels_last(images)[None]
         if images.ndim != 4:
             raise MediaError(
-                f"an array of shape {list(images.shape)} came; expected pictures [n, height, width, channels]."
+                f"an array of shape {list(images.shape)} came; expected pictures [n, height, width, "
+                "channels]."
             )
     if len(images) == 0:
         raise MediaError("a batch of 0 images came; at least one is needed.")
@@ -250,8 +251,8 @@ def _masks(mask: Any, count: int, shape: Sequence[int]) -> np.ndarray | None:
     if values.dtype.kind == "f":
         if not np.isfinite(values).all() or values.min() < UNIT[0] or values.max() > UNIT[1]:
             raise MediaError(
-                f"a mask with values from {values.min():g} to {values.max():g} came; expected 0..1, where 1 is "
-                "transparent."
+                f"a mask with values from {values.min():g} to {values.max():g} came; expected 0..1, where 1 "
+                "is transparent."
             )
         values = np.clip(values.astype(np.float32), 0, 1)
     elif values.dtype in (np.uint8, np.bool_):
@@ -260,8 +261,8 @@ def _masks(mask: Any, count: int, shape: Sequence[int]) -> np.ndarray | None:
         raise MediaError(f"a mask of {values.dtype} came; expected floats in 0..1, uint8 or booleans.")
     if values.shape[1:] != tuple(shape[:2]):
         raise MediaError(
-            f"the mask is {values.shape[2]}x{values.shape[1]} and the image {shape[1]}x{shape[0]}: give the mask "
-            "of the same image."
+            f"the mask is {values.shape[2]}x{values.shape[1]} and the image {shape[1]}x{shape[0]}: give the "
+            "mask of the same image."
         )
     return values
 

@@ -1,8 +1,8 @@
 """From 8-bit RGB frames to model input: aspect buckets, crops, frame picks, ViT patches, VAE pixels.
 
-Pure functions of arrays; no model, no file. Files are read by media.py, pictures in memory by pixels.py. Sizes
-are (width, height) in pixels as in PIL, arrays are [height, width, 3]. The geometry is exact: the tests hold
-rows of the released code's that it must reproduce.
+Pure functions of arrays; no model, no file. Files are read by media.py, pictures in memory by pixels.py.
+Sizes are (width, height) in pixels as in PIL, arrays are [height, width, 3]. The geometry is exact: the tests
+hold rows of the released code's that it must reproduce.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Video files by PyAV (its own FFmpeg, no external program): counted, timed, then decoded keeping only what was
-picked.
+"""Video files by PyAV (its own FFmpeg, no external program): counted, timed, then decoded keeping only what
+was picked.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from .pixels import check_pixels, rgb_from_image
 
 # Containers only: a playlist (HLS, concat, ...) could name other files and addresses.
 CONTAINERS = (
-    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,flv,ogg,asf,h264,hevc,ivf,yuv4mpegpipe,"
-    "mxf,nut"
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,flv,ogg,asf,h264,hevc,ivf,"
+    "yuv4mpegpipe,mxf,nut"
 )
 # max_pixels also holds for the frames FFmpeg decodes while it opens a file
 READ_OPTIONS = {"format_whitelist": CONTAINERS, "max_pixels": str(limits.MAX_VIDEO_PIXELS)}
@@ -235,8 +235,8 @@ def _aspect(stream: Any) -> Fraction:
 def _matrix(frame: Any) -> tuple[int, ...]:
     """A frame's display matrix, which turns and mirrors it.
 
-    Asked of one frame of a clip only: PyAV ties a frame to its side data in a circle, so that its memory stays
-    until Python next looks for such.
+    Asked of one frame of a clip only: PyAV makes a frame and its side data refer to each other, which keeps
+    their memory until Python's next search for such cycles.
     """
     found = frame.side_data.get(SideData.DISPLAYMATRIX)
     return struct.unpack("=9i", bytes(found)) if found is not None else UNTURNED

@@ -1,4 +1,4 @@
-"""Clips written as H.264 by PyAV: the same frames give the same file, and a file appears whole or not at all."""
+"""Clips written as H.264 by PyAV: the same frames give the same file, which appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def save_video(
                 _encode(container, frames, Fraction(fps).limit_denominator(1001), name_of(path))
         except av.FFmpegError as error:
             raise refused(
-                f"{name_of(path)} cannot be written ({str(error)[:150]}); check that its folder exists and has "
-                "space."
+                f"{name_of(path)} cannot be written ({str(error)[:150]}); check that its folder exists and "
+                "has space."
             ) from error
     return path
 
@@ -68,8 +68,8 @@ def _encode(container: Any, frames: Iterable[Any], rate: Fraction, name: str) ->
             first, stream = pixels.shape, _stream(container, height, width, rate)
         if pixels.shape != first:
             raise MediaError(
-                f"a frame of {width}x{height} came after one of {first[1]}x{first[0]}; resize them to one size "
-                "first."
+                f"a frame of {width}x{height} came after one of {first[1]}x{first[0]}; resize them to one "
+                "size first."
             )
         if height % 2 or width % 2:
             pixels = np.pad(pixels, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
