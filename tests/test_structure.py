@@ -19,6 +19,8 @@ FILES = sorted(CORE.rglob("*.py"))
 # it).
 LAYERS = [
     {"errors"},
+    {"files"},
+    {"checked"},
     {"config"},
     {"hub", "model"},
     {"vae", "inputs"},
