@@ -11,6 +11,7 @@ import contextlib
 import errno
 import os
 import secrets
+import shutil
 import stat
 import time
 from collections.abc import Iterator
@@ -132,8 +133,29 @@ def _new_part(path: Path) -> tuple[BinaryIO, Path]:
         file.close()  # a sweep took it between opening and locking
 
 
+@contextlib.contextmanager
+def staged(path: Path) -> Iterator[Path]:
+    """A new folder NAME.HEX.folder beside `path` for files that get their places together; removed at the end.
+
+    What killed writers of the name left is removed first.
+    """
+    sweep(path)
+    guard, part = _new_part(path)  # its lock says that the folder beside it is in use
+    folder = part.with_suffix(".folder")
+    try:
+        folder.mkdir()
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        guard.close()
+        with contextlib.suppress(OSError):
+            part.unlink()
+
+
 def sweep(path: Path) -> None:
-    """Remove what killed writers of `path` left beside it: part files that nobody has locked."""
+    """Remove what killed writers of `path` left beside it: part files that nobody has locked, and their
+    folders.
+    """
     stem = path.name.encode()[:200].decode(errors="ignore")
     with contextlib.suppress(OSError):
         names = [n for n in os.listdir(path.parent) if n.startswith(f"{stem}.") and n.endswith(PART)]
@@ -150,10 +172,12 @@ def _remove_dead(part: Path) -> None:
         return
     if os.name == "nt":
         part.unlink()  # fails while its writer has it open
+        shutil.rmtree(part.with_suffix(".folder"), ignore_errors=True)
         return
     with open(part, "rb") as file:
         held = lock(file)
         if held or (held is None and time.time() - os.fstat(file.fileno()).st_mtime > OLD):
+            shutil.rmtree(part.with_suffix(".folder"), ignore_errors=True)
             part.unlink()
 
 

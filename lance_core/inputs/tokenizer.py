@@ -75,7 +75,7 @@ class Tokenizer:
         # Written as older releases of the library read them; pairs only where a token has a space in it.
         joined = [" ".join(pair) for pair in merges]
         simple = all(text.count(" ") == 1 for text in joined)
-        self.definition = _definition(vocab, joined if simple else merges, added)
+        self.definition = tokenizer_json(vocab, joined if simple else merges, added)
         plain = self.definition | {"added_tokens": []}
         self._tokenizer: _Tokenizer = self._guarded(_Tokenizer.from_str, json.dumps(plain))
         self._special_text = {i: text for text, i in added.items()}
@@ -280,7 +280,7 @@ def _added_tokens(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
-def _definition(
+def tokenizer_json(
     vocab: Mapping[str, int], merges: list[str] | list[list[str]], added: Mapping[str, int]
 ) -> dict[str, Any]:
     """A tokenizer.json of Qwen2's kind with this vocabulary, these merges and these special tokens."""
