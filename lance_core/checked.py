@@ -104,9 +104,7 @@ def positive(raw: Mapping[str, Any], key: str, where: str, most: int = MAX_SIDE)
     return value
 
 
-def number(
-    raw: Mapping[str, Any], key: str, where: str, least: float = 0.0, most: float = math.inf
-) -> float:
+def number(raw: Mapping[str, Any], key: str, where: str, least: float = 0.0, most: float = math.inf) -> float:
     """Number `key` of a configuration: positive, finite, and from `least` to `most`."""
     value = raw.get(key)
     if (

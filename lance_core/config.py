@@ -30,7 +30,7 @@ Grid = tuple[int, int, int]  # (frames, rows, columns) of latent cells
 
 @dataclass(frozen=True)
 class SamplingDefaults:
-    """How the released code samples when nothing is said. cfg_interval: guidance applies while low < t <= high."""
+    """How the released code samples by default. cfg_interval: guidance applies while low < t <= high."""
 
     steps: int = 30
     shift: float = 3.5
@@ -159,8 +159,8 @@ def llm_config(raw: Mapping[str, Any], shapes: Shapes, where: str) -> LLMConfig:
         and all(type(s) is int and 0 <= s <= MAX_SIDE for s in section)
     ):
         raise CheckpointError(
-            f"{where}: rope_scaling.mrope_section is {shown(section)}, expected three non-negative integers [t, "
-            "h, w]."
+            f"{where}: rope_scaling.mrope_section is {shown(section)}, expected three non-negative integers "
+            "[t, h, w]."
         )
     if sum(section) * 2 != head_dim:
         raise CheckpointError(
@@ -188,8 +188,8 @@ def llm_config(raw: Mapping[str, Any], shapes: Shapes, where: str) -> LLMConfig:
     for key, found in stated.items():
         if key in raw and (isinstance(raw[key], bool) or raw[key] != found):
             raise CheckpointError(
-                f"{where}: {key} is {shown(raw[key])} in the configuration, {found} in the weights: they are of "
-                "two models."
+                f"{where}: {key} is {shown(raw[key])} in the configuration, {found} in the weights: they are "
+                "of two models."
             )
     return config
 

@@ -32,7 +32,7 @@ def kind_of(mode: int) -> str:
     """What a file's mode says it is, in words."""
     kinds = {stat.S_IFIFO: "a FIFO", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
     kinds |= {stat.S_IFSOCK: "a socket", stat.S_IFDIR: "a folder", stat.S_IFLNK: "a symlink"}
-    return kinds.get(stat.S_IFMT(mode), "no regular file")
+    return kinds.get(stat.S_IFMT(mode), "a file" if stat.S_ISREG(mode) else "no regular file")
 
 
 def open_regular(path: str | os.PathLike, buffering: int = -1) -> BinaryIO:
@@ -64,7 +64,7 @@ def open_append(path: str | os.PathLike) -> BinaryIO:
 
 
 def _checked(descriptor: int, mode: str, buffering: int) -> BinaryIO:
-    """The open descriptor as a file, if it is a regular file's: between look and opening it may have changed."""
+    """The open descriptor as a file, if it is a regular file's: it may have changed since it was looked at."""
     try:
         found = os.fstat(descriptor).st_mode
         if not stat.S_ISREG(found):
@@ -92,8 +92,8 @@ def read_bytes(path: str | os.PathLike, most: int) -> bytes:
 def written(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """A new file that gets the name `path` when the block ends without an error, whole and synced.
 
-    Until then it is NAME.HEX.part beside it, of this writer alone: two writers of one name cannot mix, the
-    last to end has the name. What killed writers of the name left is removed first.
+    Until then it is NAME.HEX.part beside it, of this writer alone: two writers of one name cannot mix, and
+    the last to end gives the name. What killed writers of the name left is removed first.
 
     Raises:
         OSError: the folder or the disk cannot be written, or `path` is a folder or no regular file.
@@ -135,7 +135,7 @@ def _new_part(path: Path) -> tuple[BinaryIO, Path]:
 
 @contextlib.contextmanager
 def staged(path: Path) -> Iterator[Path]:
-    """A new folder NAME.HEX.folder beside `path` for files that get their places together; removed at the end.
+    """A new folder NAME.HEX.folder beside `path` for files that are moved together; removed at the end.
 
     What killed writers of the name left is removed first.
     """

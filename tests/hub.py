@@ -240,7 +240,8 @@ def damage(path: Path) -> None:
 # lance_core.hub.download without the rest of the package, so that a process starts quickly.
 CHILD = """
 import os, signal, sys, types
-package = types.ModuleType("lance_core"); package.__path__ = [sys.argv[1]]; sys.modules["lance_core"] = package
+package = types.ModuleType("lance_core"); package.__path__ = [sys.argv[1]]
+sys.modules["lance_core"] = package
 from lance_core.hub import download, http, job, watch
 watch.CHUNK, watch.POLL, job.MARGIN = 16384, 0.05, 0
 import huggingface_hub.hf_api
@@ -260,7 +261,7 @@ print(download.download("Lance_3B", sys.argv[2], endpoint=sys.argv[3])["fetched"
 
 
 def child(hub: Hub, root: Path, where: str = "", count: int = 0) -> subprocess.Popen:
-    """A process that downloads, about to begin; `where` and `count` choose a moment at which it kills itself."""
+    """A process that downloads, about to begin; `where` and `count` choose when it kills itself."""
     command = [sys.executable, "-c", CHILD, str(CORE), str(root), hub.url, where, str(count)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "ready\n"

@@ -159,7 +159,7 @@ class Checkpoint:
                 f"{where}: the tokeniser has {len(self.tokenizer)} tokens, the embeddings {llm.vocab_size} "
                 "rows: they are of two models."
             )
-        vision = None if vit_raw is None else vit_config(vit_raw, where)
+        vision = vit_config(vit_raw, where) if self.parts["vit"].tensors else None
         blocks = numbered(self.parts["vit"].shapes, "blocks.", where)
         if vision and vision.depth != blocks:
             raise CheckpointError(

@@ -43,7 +43,7 @@ Stamp = tuple[str, int, int, int] | tuple[str]  # path, and size, time and inode
 
 
 def resolve(path: str | os.PathLike) -> Path:
-    """The folder or file itself; for a folder of the Hugging Face cache, the snapshot in it that is in use."""
+    """The folder or file itself; for a repository in the Hugging Face cache, its snapshot that is in use."""
     path = Path(path)
     snapshots = path / "snapshots"
     if holds_model(path) or not snapshots.is_dir():
@@ -233,7 +233,8 @@ def open_model(folder: Path) -> WeightFile | Shards:
 
 def _inner(folder: Path, most: int = 2) -> Iterator[Path]:
     """Checkpoints a folder has further in, in the Hugging Face cache as well."""
-    for pattern in ("*", "snapshots/*/*", "models--*/snapshots/*/*", "hub/models--*/snapshots/*/*"):
+    commits = ["*/*"] if folder.name == "snapshots" else []
+    for pattern in ("*", *commits, "snapshots/*/*", "models--*/snapshots/*/*", "hub/models--*/snapshots/*/*"):
         for inner in sorted(folder.glob(pattern)):
             if holds_model(inner):
                 yield inner

@@ -74,7 +74,9 @@ class SafetensorsFile:
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read ({error}).") from None
         except (ValueError, RecursionError, MemoryError) as error:
-            raise CheckpointError(f"{path} has a damaged header ({str(error)[:200]}); download it again.") from None
+            raise CheckpointError(
+                f"{path} has a damaged header ({str(error)[:200]}); download it again."
+            ) from None
         if not isinstance(header, dict):
             raise CheckpointError(f"{path} has a damaged header (not a JSON object); download it again.")
         metadata = header.pop("__metadata__", None) or {}
@@ -175,7 +177,7 @@ class SafetensorsFile:
 
 
 def _mapped(nbytes: int) -> Tensor:
-    """Scratch memory outside of the heap, where it would leave holes between the weights that come to stay."""
+    """Scratch memory outside of the heap, where it would leave holes between the weights that stay."""
     return torch.frombuffer(mmap.mmap(-1, max(1, nbytes)), dtype=torch.uint8)[:nbytes]
 
 

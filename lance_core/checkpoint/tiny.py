@@ -126,7 +126,7 @@ def _same(tensor: Tensor) -> Tensor:
 
 
 def _random(module: nn.Module, generator: torch.Generator, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Weights that keep activations near unit size: norms near 1, matrices at 1/sqrt(fan in), small biases."""
+    """Weights that keep activations near unit size: norms near 1, matrices 1/sqrt(fan in), small biases."""
     weights = {}
     for name, meta in module.state_dict().items():
         draw = torch.randn(meta.shape, generator=generator)

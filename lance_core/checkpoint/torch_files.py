@@ -1,4 +1,4 @@
-"""Torch archives (.pth, .pt) that hold a plain state dict, read with weights_only after a look at the archive.
+"""Torch archives (.pth, .pt) that hold a plain state dict, read with weights_only and checked around it.
 
 torch.load builds whatever the pickle inside describes: a tensor of a few bytes and strides of 0 may claim any
 number of parameters, and lists, sparse tensors or tensors without memory come out of it as well. So the
@@ -86,10 +86,15 @@ class TorchFile:
                     self._look_at_pickle(archive.read(pickles[0]))
         except FileNotFoundError:
             raise CheckpointError(f"{self.path} does not exist; expected a state dict there.") from None
-        except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError, RuntimeError, EOFError) as error:
-            raise CheckpointError(
-                f"{self.path} is not a readable torch file ({str(error)[:150]})."
-            ) from None
+        except (
+            OSError,
+            zipfile.BadZipFile,
+            ValueError,
+            NotImplementedError,
+            RuntimeError,
+            EOFError,
+        ) as error:
+            raise CheckpointError(f"{self.path} is not a readable torch file ({str(error)[:150]}).") from None
         return size
 
     def _look_at_pickle(self, data: bytes) -> None:
@@ -101,9 +106,7 @@ class TorchFile:
                 if opcode.name == "GLOBAL" and not _known(str(argument)):
                     self._refuse_code(f"it names {str(argument)[:80]!r}")
         except (ValueError, IndexError, UnicodeDecodeError, OverflowError) as error:
-            raise CheckpointError(
-                f"{self.path} is not a readable torch file ({str(error)[:150]})."
-            ) from None
+            raise CheckpointError(f"{self.path} is not a readable torch file ({str(error)[:150]}).") from None
 
     def _check(self, size: int) -> None:
         """Every tensor must be dense and in the file; together they must not claim much more than it has."""
@@ -144,17 +147,16 @@ class TorchFile:
 
         A copy always: the archive is mapped, and must not live on in what was read from it.
         """
-        return (
-            self._state[name].to(device=device, dtype=dtype, copy=True)
-            if out is None
-            else out.copy_(self._state[name])
-        )
+        tensor = self._state[name]
+        return tensor.to(device=device, dtype=dtype, copy=True) if out is None else out.copy_(tensor)
 
 
 def _known(name: str) -> bool:
     """Whether a name in a pickle is one that tensors are rebuilt with."""
     module, _, leaf = name.partition(" ")
-    plain = module == "torch" and (leaf.endswith("Storage") or isinstance(getattr(torch, leaf, 0), torch.dtype))
+    plain = module == "torch" and (
+        leaf.endswith("Storage") or isinstance(getattr(torch, leaf, 0), torch.dtype)
+    )
     return name in CALLED or plain
 
 

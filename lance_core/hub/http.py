@@ -128,7 +128,9 @@ class Client:
         start, size = part.size, part.expected.size
         base = watch.done - start
         response = self.open(url, headers | ({"Range": f"bytes={start}-"} if start else {}), watch)
-        span = re.fullmatch(r"bytes (\d{1,18})-\d{1,18}/(\d{1,18})", response.headers.get("Content-Range") or "")
+        span = re.fullmatch(
+            r"bytes (\d{1,18})-\d{1,18}/(\d{1,18})", response.headers.get("Content-Range") or ""
+        )
         length = int(span[2]) if span else response.length if response.status == 200 else None
         if length not in (None, size):
             raise WrongFile(f"{_short(url)} offers {length} bytes where {size} were expected")

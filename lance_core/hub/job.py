@@ -1,4 +1,4 @@
-"""One download: what there should be, what is there, and the rest of it fetched. `download` is its public face."""
+"""One download: what there should be, what is there, and the rest of it fetched (for `download`)."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class Job:
         """Raise a DownloadError that ends with how to get the files by hand."""
         where = f"{self.endpoint[:80]}/{REPO}/tree/{self.record['commit'] or REVISION}"
         by_hand = (
-            f" Files here stay. By hand: get the folders {self.name} (with {self.name}/model.safetensors) and "
-            f"Qwen2.5-VL-ViT and the file Wan2.2_VAE.pth from {where} into {self.root}."
+            f" Files here stay. By hand: get the folders {self.name} (with {self.name}/model.safetensors) "
+            f"and Qwen2.5-VL-ViT and the file Wan2.2_VAE.pth from {where} into {self.root}."
         )
         room = max(120, 499 - len(by_hand))
         message = message if len(message) <= room else f"{message[: room - 2]}…."
@@ -286,7 +286,7 @@ class Job:
     # -- getting it ------------------------------------------------------------------------------------------
 
     def fetch(self, path: str, entry: Expected) -> None:
-        """Make the part whole, by the hub's cache or the network, and give it its name if its hash is right."""
+        """Make the part whole, by the hub's cache or the network, and give it its name if the hash is right."""
         target, part = self.root / path, PartFile(self.part(path, entry), entry)
         target.parent.mkdir(parents=True, exist_ok=True)
         base = self.watch.done

@@ -30,7 +30,7 @@ SYSTEM_PROMPTS = {
     "x2t_image": "Look at the image carefully and answer the question.",
     "x2t_video": "Watch the video carefully and answer the question.",
 }
-"""The instructions the weights were trained with; {vision} is the kind of thing to make, "image" or "video"."""
+"""The instructions the weights were trained with; {vision} is what to make, "image" or "video"."""
 
 MAX_TEXT_TOKENS = 32768
 """Text tokens of one sequence. Attention's memory grows with them, and the model never saw longer texts."""

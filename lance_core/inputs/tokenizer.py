@@ -52,7 +52,7 @@ class Tokenizer:
         where: what to call the source in errors.
 
     Raises:
-        CheckpointError: the definition is not Qwen2's kind of tokeniser, is damaged, or lacks a special token.
+        CheckpointError: the definition is not of Qwen2's kind, is damaged, or lacks a special token.
     """
 
     def __init__(self, definition: Mapping[str, Any], where: str) -> None:
@@ -101,11 +101,11 @@ class Tokenizer:
         model = definition.get("model")
         if not isinstance(model, dict) or model.get("type", "BPE") != "BPE":
             self._refuse("its model is not BPE")
-        for steps, known in ((_steps(definition.get("normalizer"), "normalizers"), _is_nfc),
-                             (_steps(definition.get("pre_tokenizer"), "pretokenizers"), _is_qwen2_split)):  # fmt: skip
-            for step in steps:
-                if not known(step):
-                    self._refuse(f"it has a step that Qwen2's has not ({_shown(step)})")
+        normal = _steps(definition.get("normalizer"), "normalizers")
+        splits = _steps(definition.get("pre_tokenizer"), "pretokenizers")
+        others = [s for s in normal if not _is_nfc(s)] + [s for s in splits if not _is_qwen2_split(s)]
+        if others:
+            self._refuse(f"it has a step that Qwen2's has not ({_shown(others[0])})")
         for key in ("continuing_subword_prefix", "end_of_word_suffix"):
             if model.get(key):
                 self._refuse(f"its {key} is {_shown(model[key])}, Qwen2 has none")
