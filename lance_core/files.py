@@ -58,7 +58,9 @@ def open_append(path: str | os.PathLike) -> BinaryIO:
     with contextlib.suppress(FileNotFoundError):
         mode = os.lstat(path).st_mode
         if not stat.S_ISREG(mode):
-            raise NotRegular(errno.EINVAL, f"{path} is {kind_of(mode)}, which is not written to; remove it")
+            raise NotRegular(
+                errno.EINVAL, f"{Path(path).name} is {kind_of(mode)}, which is not written to; remove it"
+            )
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | _CAREFUL | getattr(os, "O_NOFOLLOW", 0)
     return _checked(os.open(path, flags, 0o666), "ab", -1)
 
@@ -102,7 +104,9 @@ def written(path: str | os.PathLike) -> Iterator[BinaryIO]:
     with contextlib.suppress(FileNotFoundError):
         mode = os.lstat(path).st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
-            raise NotRegular(errno.EINVAL, f"{path} is {kind_of(mode)}, expected a file or nothing there")
+            raise NotRegular(
+                errno.EINVAL, f"{path.name} is {kind_of(mode)}, expected a file or nothing there"
+            )
     sweep(path)
     file, part = _new_part(path)
     try:

@@ -1,5 +1,5 @@
-"""Checkpoints in other places and forms than the released folder, and files that are none: shards, the Hugging
-Face cache, FIFOs, archives that claim what they have not.
+"""Checkpoints in other places and forms than the released folder, and files that are none: shards, the
+Hugging Face cache, FIFOs, archives that claim what they have not.
 """
 
 from __future__ import annotations

@@ -76,9 +76,9 @@ def download(
                 job.run(revision, verify)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
-        job.fail(
-            "disk", f"The disk of {root} is full." if full else f"{root} cannot be read or written ({error})."
-        )
+        where = f": {Path(error.filename).name}" if isinstance(error.filename, str) else ""
+        why = f"{error.strerror or error}{where}"
+        job.fail("disk", "Its disk is full." if full else f"The folder cannot be read or written ({why}).")
     files = job.wanted()
     done = {
         "fetched": job.fetched,
