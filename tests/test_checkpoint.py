@@ -529,7 +529,7 @@ def test_loading_holds_the_result_and_one_piece(golden, monkeypatch):
 
         return made
 
-    monkeypatch.setattr(tensor_files, "PIECE", 256)
+    monkeypatch.setattr(tensor_files, "CHUNK", 256)
     file = SafetensorsFile(golden / "checkpoint" / "Lance_3B" / "model.safetensors")
     monkeypatch.setattr(torch, "empty", counted(torch.empty))
     monkeypatch.setattr(tensor_files, "_mapped", counted(tensor_files._mapped))
@@ -548,7 +548,7 @@ def test_reading_in_pieces_is_reading_whole(golden, monkeypatch):
 
     path = golden / "checkpoint" / "Lance_3B" / "model.safetensors"
     whole = load_file(path)
-    monkeypatch.setattr(tensor_files, "PIECE", 64)
+    monkeypatch.setattr(tensor_files, "CHUNK", 64)
     file = SafetensorsFile(path)
     for name, tensor in whole.items():
         assert torch.equal(file.read(name), tensor)

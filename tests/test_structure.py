@@ -19,7 +19,9 @@ FILES = sorted(CORE.rglob("*.py"))
 # it).
 LAYERS = [
     {"errors"},
-    {"config", "checks"},
+    {"files", "checks"},
+    {"stored_values"},
+    {"config"},
     {"hub", "model"},
     {"vae", "inputs"},
     {"checkpoint"},

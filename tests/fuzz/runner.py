@@ -8,6 +8,7 @@ worker began with), dead (the worker ended).
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -107,10 +108,8 @@ def _resident() -> int:
 
 
 def _reset_peak() -> None:
-    try:
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass
 
 
 def _main(campaign: str, seed: int, folder: Path, cases: list[int]) -> None:
