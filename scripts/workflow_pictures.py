@@ -11,20 +11,16 @@ import base64
 import contextlib
 import json
 import shutil
-import sys
 import tempfile
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import comfyui
+from workflow_graphs import TITLES
+
 ROOT = Path(__file__).absolute().parents[1]
-sys.path[:0] = [str(ROOT / "tests" / "host"), str(ROOT / "scripts")]
-
-import comfyui  # noqa: E402
-from harness import ComfyServer  # noqa: E402
-from workflow_graphs import TITLES  # noqa: E402
-
 README_PICTURES = {
     "lance_text_to_image": "text_to_image",
     "lance_image_edit": "image_edit",
