@@ -186,7 +186,7 @@ def _pip(python: Path, *arguments: object, what: str) -> None:
 
 
 def versions() -> tuple[str, ...]:
-    """The pins to test in, by LANCE_COMFYUI: oldest (default), newest or both. One where a checkout is given."""
+    """The pins to test in, by LANCE_COMFYUI: oldest (default), newest or both; one with a checkout given."""
     asked = os.environ.get("LANCE_COMFYUI") or OLDEST
     if asked not in (*PINS, "both"):
         raise HostUnavailableError(f"LANCE_COMFYUI={asked} is none of oldest, newest, both")
@@ -321,7 +321,7 @@ def prepare(version: str | None = None, *, may_build: bool = True) -> Host:
 
 
 def prepare_newest(*, may_build: bool = True) -> Host:
-    """The newest version, or the oldest where the newest cannot be had; LANCE_COMFYUI decides where it is set."""
+    """The newest version, or the oldest where it cannot be had; LANCE_COMFYUI decides where it is set."""
     if os.environ.get("LANCE_COMFYUI"):
         return prepare(may_build=may_build)
     try:
