@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import comfyui as comfyui_script  # scripts/comfyui.py; conftest.py puts scripts/ on the path
+import comfyui as comfyui_script  # scripts/comfyui.py, by pytest's pythonpath
 
 # What ComfyUI logs when it leaves out a node file or a whole pack.
 LOAD_FAILURES = (

@@ -7,18 +7,14 @@ import re
 import shutil
 import statistics
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import small  # the same graphs as in process
 
 HERE = Path(__file__).parent
 PACK, CHECKPOINT = HERE.parents[1], HERE.parent / "golden" / "checkpoint"
 INPUTS = HERE.parent / "golden" / "cases" / "inputs"
-sys.path.append(str(HERE / "inproc"))
-
-import small  # noqa: E402  the same graphs as in process
-
 node = small.node
 
 
