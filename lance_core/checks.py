@@ -32,13 +32,13 @@ def whole(what: str, value: Any, low: int, high: int) -> int:
     Raises:
         RequestError: anything else.
     """
+    number: int | None = None
     try:
         number = None if isinstance(value, bool | str | bytes) else operator.index(value)
     except Exception:  # not an integer; foreign types raise what they like
-        number = _float(value)
-        number = (
-            int(number) if number is not None and math.isfinite(number) and number == int(number) else None
-        )
+        given = _float(value)
+        if given is not None and math.isfinite(given) and given == int(given):
+            number = int(given)
     if number is None or not low <= number <= high:
         raise RequestError(f"{what} is {shown(value)}, expected a whole number from {low} to {high}")
     return int(number)

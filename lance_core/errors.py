@@ -10,8 +10,8 @@ from typing import Any
 class LanceError(Exception):
     """Base of every error this package raises on purpose.
 
-    All are called lance_core.NAME, which they can be had as: inside ComfyUI, which shows an exception's module to
-    its users, the real one is a path of files.
+    All are called lance_core.NAME, which they can be had as: inside ComfyUI, which shows an exception's
+    module to its users, the real one is a path of files.
     """
 
     __module__ = "lance_core"

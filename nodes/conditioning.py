@@ -5,7 +5,8 @@ other.
 
     Lance Text Encode   Encoded: token ids of the prompt and the negative, embeddings of pictures
     CONDITIONING        Prompt: one branch of an Encoded
-    sampling starts     Run: an Encoded planned for the latent's size, its context filled by the first model call
+    sampling starts     Run: an Encoded planned for the latent's size, its context filled by the first model
+    call
     a model call        RowsCond: the runs and branches that the call's rows belong to
 
 Keys and values are computed anew at the start of every sampling run, because LoRAs may have changed the

@@ -6,8 +6,8 @@ and, brought along by it, the understanding expert's; and projections that share
 patch is routed twice. With the released sizes, a LoRA on the understanding expert's `q_proj` of layer 0:
 
     name in the LoRA's file    diffusion_model.understanding.layers.0.self_attn.q_proj.weight
-    by `Places`                diffusion_model.understanding.layers.0.self_attn.qkv_proj.weight, rows 0 to 2048
-    by `ExpertRouting`         the other patcher's layers.0.self_attn.qkv_proj.weight, rows 0 to 2048
+    by `Places`                diffusion_model.understanding.layers.0.self_attn.qkv_proj.weight, rows 0 to
+    2048 by `ExpertRouting`         the other patcher's layers.0.self_attn.qkv_proj.weight, rows 0 to 2048
 """
 
 from __future__ import annotations
@@ -239,7 +239,8 @@ def make_patcher(
     if isinstance(patcher, behaviour):
         return patcher
     # The dynamic class makes a plain one instead of itself for a CPU: then that is what to build on.
-    return _patcher_subclass(behaviour, type(patcher))(model, **given)
+    plain: Any = type(patcher)
+    return _patcher_subclass(behaviour, plain)(model, **given)
 
 
 def fill(patcher: Any, module: nn.Module, tensors: Iterable[tuple[str, Tensor]], total: int) -> None:

@@ -1,8 +1,8 @@
 """What needs a ComfyUI, and a browser, to be made: the node descriptions, the thumbnails and the pictures of
 the README.
 
-Run by workflows.py in a Python that has playwright; the ComfyUI comes from comfyui.py, the tiny checkpoint from
-tests/golden.
+Run by workflows.py in a Python that has playwright; the ComfyUI comes from comfyui.py, the tiny checkpoint
+from tests/golden.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""The end of a command: what is written gets out, what cannot be written is refused first, signals leave nothing.
+"""The end of a command: what is written gets out, what cannot be written is refused first, signals leave
+nothing.
 
 Real processes throughout: encodings, pipes and signals are the system's.
 """
@@ -47,7 +48,8 @@ def run(*args: str, cwd: Path, **options) -> tuple[int, bytes, bytes]:
     return process.returncode, out, err
 
 
-# -- help -----------------------------------------------------------------------------------------------------
+# -- help
+# -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("args", [["--help"], ["t2i", "--help"], ["convert", "--help"], ["bench", "--help"]])
@@ -62,7 +64,8 @@ def test_help_imports_nothing_heavy(args):
     assert "usage: python -m lance_core" in done.stdout
 
 
-# -- what is written gets out ---------------------------------------------------------------------------------
+# -- what is written gets out
+# ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -179,7 +182,8 @@ def test_an_existing_file_may_be_replaced(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
 
 
-# -- signals --------------------------------------------------------------------------------------------------
+# -- signals
+# --------------------------------------------------------------------------------------------------
 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
@@ -192,7 +196,8 @@ def test_a_signal_at_any_moment_leaves_nothing_half_written(tmp_path, number, tu
     time.sleep(0.3 + random.Random(f"{number}/{turn}").random() * 4)
     process.send_signal(number)
     err = process.communicate(timeout=60)[1]
-    # Before the first line of ours has run, Python itself ends by the signal; and the work may have been done.
+    # Before the first line of ours has run, Python itself ends by the signal; and the work may have been
+    # done.
     assert process.returncode in (CODES[number], -number, 0), err
     if process.returncode == CODES[number]:
         assert b"Traceback" not in err

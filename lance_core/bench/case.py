@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .. import checks
 from ..config import (
     LATENT_CHANNELS,
     RELEASED_LLM,
@@ -110,8 +111,8 @@ def case_of(
         raise RequestError(f"size {size!r} is not WIDTHxHEIGHT in pixels, such as 768x768")
     width, height = tasks.check_size(*map(int, sides))
     frames = tasks.resolve_frames(frames)
-    tasks.check_count("batch", batch, 1, 64)
-    tasks.check_count("context", context, 1, 1 << 20)
+    checks.whole("batch", batch, 1, 64)
+    checks.whole("context", context, 1, 1 << 20)
     patch, merge = (config.vit.patch_size, config.vit.spatial_merge_size) if config.vit else (14, 2)
     unit = patch * merge
     h, w = (max(1, int(side * SEEN_SIDE[frames > 1]) // unit) * merge for side in (height, width))

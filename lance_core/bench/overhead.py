@@ -25,11 +25,11 @@ from typing import Any
 
 import torch
 
+from .. import checks
 from ..checkpoint import tiny
 from ..checkpoint.checkpoint import Progress
 from ..config import RELEASED_LLM
 from ..errors import RequestError
-from ..inputs.tasks import check_count
 from .case import RELEASED, case_of
 from .device import child
 from .report import Block, Table
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace, progress: Progress | None = None) -> dict[str,
     """
     case = case_of(RELEASED, args.size)
     for what, least in (("steps", 2), ("rounds", 1), ("layers", 1), ("top", 0)):
-        check_count(what, getattr(args, what), least, 10_000)
+        checks.whole(what, getattr(args, what), least, 10_000)
     comfyui = find_comfyui(args.comfyui)
     python = find_python(args.comfyui_python, comfyui)
     if not (PACK / "nodes").is_dir():

@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import checks
 from ..checkpoint.checkpoint import Checkpoint, Progress
 from ..checkpoint.quantize import FORMATS, quantisable
 from ..config import LATENT_CHANNELS, RELEASED_LLM, LanceConfig
 from ..errors import CheckpointError
-from ..inputs.tasks import check_count
 from ..model.denoise import denoise
 from ..model.dual_expert import DualExpert
 from ..model.experts import Generation, Understanding
@@ -237,7 +237,7 @@ def run(args: argparse.Namespace, progress: Progress | None = None) -> dict[str,
         CheckpointError: a checkpoint cannot be read, or is quantised already.
     """
     for what, most in (("layers", RELEASED_LLM.num_layers), ("cells", 64), ("steps", 1000)):
-        check_count(what, getattr(args, what), 1, most)
+        checks.whole(what, getattr(args, what), 1, most)
     subjects: dict[str, Any] = {str(Path(m).name): partial(stored, Path(m)) for m in args.model or ()}
     if not subjects:
         label = f"random weights, released widths, {args.layers} layers"

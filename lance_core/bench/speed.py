@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
+from .. import checks
 from ..checkpoint.checkpoint import Checkpoint, Progress
 from ..config import LanceConfig
 from ..errors import RequestError
-from ..inputs import tasks
 from ..model.compiling import check_compiler
 from ..model.side_stream import SideStream
 from . import plot, suite
@@ -102,7 +102,7 @@ def _check(args: argparse.Namespace) -> None:
         raise RequestError(f"--{'plot' if args.plot else 'markdown'} shows a suite; add --suite")
     if args.plot:
         plot.require(args.plot)
-    tasks.check_count("repeat", args.repeat, 1, 10_000)
+    checks.whole("repeat", args.repeat, 1, 10_000)
 
 
 def _config(name: str) -> LanceConfig:

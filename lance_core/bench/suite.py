@@ -16,7 +16,8 @@ import torch
 
 from ..errors import RequestError
 from ..model.dual_expert import DualExpert
-from ..vae.wan import OUT_OF_MEMORY, WanVAE
+from ..model.out_of_memory import OUT_OF_MEMORY
+from ..vae.wan import WanVAE
 from .case import Case, case_of, vae_of
 from .device import free, free_memory
 from .growth import fit, steadiness
