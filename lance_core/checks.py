@@ -26,8 +26,10 @@ def shown(value: Any) -> str:
     return text if len(text) <= SHOWN else f"{text[: SHOWN - 1]}…"
 
 
-def whole(what: str, value: Any, low: int, high: int) -> int:
+def whole(what: str, value: Any, low: int, high: int, expected: str | None = None) -> int:
     """A whole number in low..high; a float or a tensor that is one is taken as it.
+
+    expected: how to say the range.
 
     Raises:
         RequestError: anything else.
@@ -40,38 +42,34 @@ def whole(what: str, value: Any, low: int, high: int) -> int:
         if given is not None and math.isfinite(given) and given == int(given):
             number = int(given)
     if number is None or not low <= number <= high:
-        raise RequestError(f"{what} is {shown(value)}, expected a whole number from {low} to {high}")
+        expected = expected or f"a whole number from {low} to {high}"
+        raise RequestError(f"{what} is {shown(value)}, expected {expected}")
     return int(number)
 
 
 def real(
-    what: str, value: Any, low: float = -math.inf, high: float = math.inf, *, above: float | None = None
+    what: str,
+    value: Any,
+    low: float = -math.inf,
+    high: float = math.inf,
+    *,
+    above: float | None = None,
+    expected: str | None = None,
 ) -> float:
-    """A finite number in low..high and, if given, greater than `above`.
+    """A finite number in low..high and, if given, greater than `above`. expected: how to say the range.
 
     Raises:
         RequestError: anything else.
     """
     number = _float(value)
-    ok = (
-        number is not None
-        and math.isfinite(number)
-        and low <= number <= high
-        and (above is None or number > above)
-    )
-    if number is None or not ok:
+    fits = number is not None and math.isfinite(number) and low <= number <= high
+    if number is not None and fits and (above is None or number > above):
+        return number
+    if expected is None:
         least = f"above {above:g}" if above is not None else f"from {low:g}" if low > -math.inf else ""
-        most = (
-            f"to {high:g}"
-            if high < math.inf and above is None
-            else f"and at most {high:g}"
-            if high < math.inf
-            else ""
-        )
-        raise RequestError(
-            f"{what} is {shown(value)}, expected a number {' '.join(filter(None, (least, most)))}".rstrip()
-        )
-    return number
+        most = f"{'to' if above is None else 'and at most'} {high:g}" if high < math.inf else ""
+        expected = " ".join(word for word in ("a number", least, most) if word)
+    raise RequestError(f"{what} is {shown(value)}, expected {expected}")
 
 
 def interval(what: str, value: Any, low: float, high: float) -> tuple[float, float]:

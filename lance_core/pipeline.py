@@ -206,14 +206,10 @@ class Lance:
         for name, text in (("system_prompt", system_prompt), ("negative_prompt", negative_prompt)):
             if text is not None:
                 checks.text(name, text)
-        asked_frames = (
-            None if num_frames is None else checks.whole("num_frames", num_frames, 1, tasks.MAX_COUNT)
-        )
-        if kind.output == "image" and asked_frames not in (None, 1):
-            raise RequestError(
-                f"{task} makes one picture and num_frames is {asked_frames}; leave it out, or use t2v"
-            )
-        frames = 1 if kind.output == "image" else tasks.resolve_frames(num_frames)
+        frames = tasks.resolve_frames(num_frames) if kind.output == "video" else 1
+        if kind.output == "image" and num_frames is not None:
+            expected = f"1: {task} makes one picture; leave it out, or use t2v"
+            checks.whole("num_frames", num_frames, 1, 1, expected)
         size = (0, 0) if kind.sized_by_input else tasks.resolve_size(kind, width, height, resolution)
 
         sources = self._sources(kind, image, video, references)

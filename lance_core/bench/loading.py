@@ -24,13 +24,13 @@ from typing import Any
 
 import torch
 
+from .. import checks
 from ..checkpoint import tiny
 from ..checkpoint.checkpoint import VAE_FILES, VIT_FILE, VIT_FOLDER, Checkpoint, Progress, released_name
 from ..checkpoint.quantize import FORMATS, stored_names
 from ..checkpoint.tensor_files import DTYPES, SafetensorsFile
 from ..config import IMAGE_TABLE_ROWS, LanceConfig, to_json
 from ..errors import RequestError
-from ..inputs.tasks import check_count
 from .case import RELEASED, vit_of
 from .device import CPU, Peak, Stopwatch, child, free_memory, watched
 from .memory import build, size_of
@@ -203,8 +203,8 @@ def run(args: argparse.Namespace, progress: Progress | None = None) -> dict[str,
         RequestError: an option out of range, too little memory, or a system without /proc.
     """
     total = RELEASED.llm.num_layers
-    layers = total if args.layers is None else check_count("layers", args.layers, 1, total)
-    check_count("repeat", args.repeat, 1, 10_000)
+    layers = total if args.layers is None else checks.whole("layers", args.layers, 1, total)
+    checks.whole("repeat", args.repeat, 1, 10_000)
     names = [case.name for case in CASES]
     unknown = sorted(set(args.cases or ()) - set(names))
     if unknown:

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import checks
 from ..checkpoint.checkpoint import Progress
 from ..config import LATENT_CHANNELS, LanceConfig, LLMConfig
 from ..errors import RequestError
-from ..inputs import tasks
 from ..model.compiling import compile_layers
 from ..model.decoder import FEED_CHUNK
 from ..model.denoise import denoise
@@ -103,7 +103,7 @@ class Bench:
         """
         total = self.config.llm.num_layers
         if layers is not None:
-            tasks.check_count("layers", layers, 1, total)
+            checks.whole("layers", layers, 1, total)
             return layers, "as asked" if layers < total else None
         free = free_memory(self.device)
         count = next(

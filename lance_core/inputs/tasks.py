@@ -202,7 +202,9 @@ def check_size(width: int, height: int) -> tuple[int, int]:
     Raises:
         RequestError: below 16 pixels, or beyond 64 latent cells (1024 pixels) a side and not one of `SIZES`.
     """
-    given = [checks.real(name, v, CELL, MAX_PIXELS) for name, v in (("width", width), ("height", height))]
+    expected = f"at least {CELL} pixels"
+    sides = (("width", width), ("height", height))
+    given = [checks.real(name, value, CELL, MAX_PIXELS, expected=expected) for name, value in sides]
     wide, tall = (int(value) // CELL * CELL for value in given)
     size = (wide, tall)
     listed = any(size in by_ratio.values() for by_ratio in SIZES.values())
@@ -223,7 +225,7 @@ def resolve_frames(num_frames: int | None) -> int:
         RequestError: below 1 or above 121.
     """
     frames = DEFAULT_FRAMES if num_frames is None else num_frames
-    frames = checks.whole("num_frames", frames, 1, MAX_COUNT)
+    frames = checks.whole("num_frames", frames, 1, MAX_COUNT, f"a whole number from 1 to {MAX_FRAMES}")
     if frames > MAX_FRAMES:
         raise RequestError(
             f"num_frames is {frames}, the model makes at most {MAX_FRAMES} (10 seconds at 12 a second); ask "
@@ -240,7 +242,9 @@ def resolve_resolution(task: Task, resolution: str | None) -> str:
     """
     if resolution is None:
         return task.default_resolution
-    return checks.choice("resolution", resolution, PRESETS)
+    if not isinstance(resolution, str) or resolution not in PRESETS:
+        raise RequestError(f"unknown resolution {shown(resolution)}; expected one of {', '.join(PRESETS)}")
+    return resolution
 
 
 def check_noise(noise: Any, batch: int, grid: Sequence[int]) -> None:

@@ -18,6 +18,8 @@ from ..errors import NumericsError
 MAX_STEPS = 1_000_000
 MIN_SHIFT, MAX_SHIFT = 1e-4, 1e4  # beyond these float32 times are no schedule any more
 MAX_SCALE = 1e4
+STEPS_EXPECTED = f"a whole number of at least 1; the model's default is {RELEASED_SAMPLING.steps}"
+SHIFT_EXPECTED = f"a positive number; the model's default is {RELEASED_SAMPLING.shift}"
 
 
 def schedule(steps: int, shift: float = RELEASED_SAMPLING.shift) -> Tensor:
@@ -26,8 +28,8 @@ def schedule(steps: int, shift: float = RELEASED_SAMPLING.shift) -> Tensor:
     Raises:
         RequestError: no whole number of steps from 1, or no positive shift.
     """
-    steps = checks.whole("steps", steps, 1, MAX_STEPS)
-    shift = checks.real("shift", shift, MIN_SHIFT, MAX_SHIFT)
+    steps = checks.whole("steps", steps, 1, MAX_STEPS, STEPS_EXPECTED)
+    shift = checks.real("shift", shift, MIN_SHIFT, MAX_SHIFT, expected=SHIFT_EXPECTED)
     t = torch.linspace(1, 0, steps + 1)
     return shift * t / (1 + (shift - 1) * t)
 
