@@ -208,8 +208,7 @@ class Lance:
                 checks.text(name, text)
         frames = tasks.resolve_frames(num_frames) if kind.output == "video" else 1
         if kind.output == "image" and num_frames is not None:
-            expected = f"1: {task} makes one picture; leave it out, or use t2v"
-            checks.whole("num_frames", num_frames, 1, 1, expected)
+            self._check_one_frame(task, num_frames)
         size = (0, 0) if kind.sized_by_input else tasks.resolve_size(kind, width, height, resolution)
 
         sources = self._sources(kind, image, video, references)
@@ -258,6 +257,15 @@ class Lance:
         if batch == 1:
             latent, pixels = latent[0], pixels[0]
         return Generated(latent, pixels, OUTPUT_FPS, asked)
+
+    @staticmethod
+    def _check_one_frame(task: str, num_frames: Any) -> None:
+        """Refuse more than one frame for a picture."""
+        count = checks.whole("num_frames", num_frames, 1, tasks.MAX_COUNT)
+        if count != 1:
+            raise RequestError(
+                f"{task} makes one picture and num_frames is {count}; leave it out, or use t2v"
+            )
 
     def _sources(self, task: Task, image: Any, video: Any, references: Any) -> list[np.ndarray]:
         """The request's media as 8-bit clips [T, H, W, 3], videos already thinned to the frames the model
