@@ -10,7 +10,8 @@ from pathlib import Path
 import comfy.model_management as mm
 import folder_paths
 
-from ..lance_core.checkpoint.checkpoint import MODEL_FILES, Checkpoint, stored_config
+from ..lance_core.checkpoint import finding
+from ..lance_core.checkpoint.checkpoint import Checkpoint, stored_config
 from ..lance_core.checkpoint.tensor_files import SafetensorsFile
 from ..lance_core.errors import CheckpointError
 from ..lance_core.hub import download
@@ -18,6 +19,10 @@ from . import comfy_compat
 
 FOLDER = "lance"
 CHOOSE = "choose a checkpoint"
+CACHED = "models--"  # how the Hugging Face cache names a repository's folder
+# Where configurations of checkpoint folders are: two levels deep, and in the cache's snapshots.
+FOLDERS = ["*/llm_config.json", "*/*/llm_config.json"]
+FOLDERS += [f"{CACHED}*/snapshots/{pattern}" for pattern in ("*/llm_config.json", "*/*/llm_config.json")]
 DTYPES = ("default", "bf16", "fp16", "fp8_e4m3fn")
 
 
@@ -32,10 +37,10 @@ def checkpoints() -> dict[str, Path]:
     """
     found: dict[str, Path] = {}
     for base in map(Path, folder_paths.get_folder_paths(FOLDER)):
-        for pattern in ("*/llm_config.json", "*/*/llm_config.json"):
+        for pattern in FOLDERS:
             for config in sorted(base.glob(pattern)):
-                if any((config.parent / name).is_file() for name in MODEL_FILES):
-                    found.setdefault(config.parent.relative_to(base).as_posix(), config.parent)
+                if finding.is_checkpoint(config.parent):
+                    found.setdefault(_listed(config.parent, base), config.parent)
         for pattern in ("*.safetensors", "*/*.safetensors"):
             for file in sorted(base.glob(pattern)):
                 if _self_contained(file):
@@ -43,8 +48,16 @@ def checkpoints() -> dict[str, Path]:
     return found
 
 
+def _listed(folder: Path, base: Path) -> str:
+    """A checkpoint folder's name in the list; of the Hugging Face cache's, repository and folder alone."""
+    repository, *inside = folder.relative_to(base).parts
+    if repository.startswith(CACHED) and inside[:1] == ["snapshots"]:
+        return "/".join([repository.removeprefix(CACHED).replace("--", "/"), *inside[2:]])
+    return "/".join([repository, *inside])
+
+
 def _self_contained(file: Path) -> bool:
-    """Whether a file says enough of itself to be loaded alone; looked at once as long as it does not change."""
+    """Whether a file says enough of itself to be loaded alone; looked at once while it does not change."""
     try:
         stat = file.stat()
     except OSError:
@@ -104,16 +117,11 @@ def missing_message() -> str:
 
 
 def fingerprint(choice: str) -> str:
-    """Changes when the checkpoint's file does."""
+    """Changes when any file of the checkpoint does, its ViT and VAE included, or one that was missing is put
+    there.
+    """
     path = checkpoints().get(download.name_of(choice) or choice)
-    files = (
-        [path]
-        if path and path.is_file()
-        else [path / f for f in MODEL_FILES if (path / f).is_file()]
-        if path
-        else []
-    )
-    return str([(str(f), f.stat().st_mtime_ns, f.stat().st_size) for f in files])
+    return str(None if path is None else finding.fingerprint(path))
 
 
 def fetch(choice: str, node_id: str | None) -> str:

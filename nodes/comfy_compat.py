@@ -10,6 +10,7 @@ device or the dtype: its layers, its quantised layer, its patcher. Each is made 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -40,11 +41,14 @@ if TYPE_CHECKING:
 else:
     _Layer = object  # which class stands behind is known only at run time
 
+# of an empty LATENT; ComfyUI's spelling
+LATENT_TAGS = ("downscale_ratio_spacial", "downscale_ratio_temporal")
+MASK_ELEMENTS = 1 << 24  # of a causal mask at once
 FLOAT_DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
 def patcher_class(disable_dynamic: bool = False) -> Any:
-    """The ModelPatcher that ComfyUI constructs itself: newer ones choose a dynamic one at start, so ask late."""
+    """The ModelPatcher that ComfyUI itself constructs; newer ones choose a dynamic one at start, so ask late."""
     plain = comfy.model_patcher.ModelPatcher
     return plain if disable_dynamic else getattr(comfy.model_patcher, "CoreModelPatcher", plain)
 
@@ -285,22 +289,40 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
     if not torch.compiler.is_compiling():
         mm.throw_exception_if_processing_interrupted()
     n, heads, groups, keys = q.shape[1], q.shape[2], k.shape[2], k.shape[1]
-    mask = None
-    if causal and n > 1:
+    k, v = k.transpose(1, 2), v.transpose(1, 2)
+    if not causal or n == 1:
+        return _grouped(q, k, v, groups)
+    # Long prompts go through a stretch of queries at a time, against the keys they see: a whole mask would
+    # have a row for every query of every head that shares a key head, and gigabytes at 20,000 tokens.
+    stretch = max(1, MASK_ELEMENTS // (heads // groups * keys))
+    parts = []
+    for start in range(0, n, stretch):
+        some = q[:, start : start + stretch]
+        seen = keys - n + start + some.shape[1]
         # Added, not boolean: not every backend of ComfyUI knows the latter.
-        mask = torch.full((n, keys), torch.finfo(q.dtype).min, dtype=q.dtype, device=q.device).triu(
-            keys - n + 1
-        )
-        mask = mask.repeat(heads // groups, 1)
-    q, k, v = fold_groups(q, groups), k.transpose(1, 2), v.transpose(1, 2)
-    return unfold_groups(
-        optimized_attention(q, k, v, groups, mask=mask, skip_reshape=True, skip_output_reshape=True), heads
+        mask = torch.full((some.shape[1], seen), torch.finfo(q.dtype).min, dtype=q.dtype, device=q.device)
+        mask = mask.triu(seen - some.shape[1] + 1).repeat(heads // groups, 1)
+        parts.append(_grouped(some, k[:, :, :seen], v[:, :, :seen], groups, mask))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _grouped(q: Tensor, k: Tensor, v: Tensor, groups: int, mask: Tensor | None = None) -> Tensor:
+    """ComfyUI's attention of q [b, n, heads, width] over k, v [b, groups, keys, width]."""
+    out = optimized_attention(
+        fold_groups(q, groups), k, v, groups, mask=mask, skip_reshape=True, skip_output_reshape=True
     )
+    return unfold_groups(out, q.shape[2])
 
 
 def fix_empty_latent(patcher: Any, latent: dict[str, Any]) -> Tensor:
-    """The samples of a LATENT, an empty one of another model given the channels and size of ours."""
-    return comfy.sample.fix_empty_latent_channels(patcher, latent["samples"])
+    """The samples of a LATENT, an empty one of another model given the channels and size of ours.
+
+    Newer ComfyUIs tag an empty latent with the pixels a cell of it stands for; where their function takes the
+    tags, the size in pixels stays what was asked for.
+    """
+    fix = comfy.sample.fix_empty_latent_channels
+    taken = inspect.signature(fix).parameters
+    return fix(patcher, latent["samples"], **{tag: latent.get(tag) for tag in LATENT_TAGS if tag in taken})
 
 
 def progress(total: int | None = None) -> Callable[[int, int], None]:
@@ -326,7 +348,7 @@ def show_text(text: str, node_id: str | None) -> None:
 
 
 def video_file(video: Any) -> Any | None:
-    """The file a VIDEO is: a path or a binary file; None where it is something else, or only part of a file."""
+    """The file a VIDEO is, a path or a binary file; None where it is something else or part of a file."""
     if not isinstance(video, VideoFromFile):
         return None
     if hasattr(video, "get_active_trim_window"):

@@ -13,7 +13,7 @@ from ..lance_core.errors import RequestError
 from ..lance_core.inputs.preprocess import crop_resize, vae_size
 from ..lance_core.inputs.tasks import SIZES, check_size, resolve_frames
 from . import latents, pictures
-from .sockets import CATEGORY
+from .sockets import CATEGORY, checked
 
 CUSTOM = "custom"
 SIZE_PRESETS = list(SIZES)
@@ -83,6 +83,7 @@ class EmptyLanceLatent(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls, size: str, aspect: str, width: int, height: int, frames: int, batch_size: int
     ) -> io.NodeOutput:
@@ -127,6 +128,7 @@ class LanceImageToVideoLatent(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls, vae, start_image, size: str, width: int, height: int, frames: int, batch_size: int
     ) -> io.NodeOutput:
@@ -179,6 +181,7 @@ class LanceVAEDecode(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, vae, samples) -> io.NodeOutput:
         images = latents.decode_latent(vae, samples["samples"])
         video = InputImpl.VideoFromComponents(

@@ -11,7 +11,7 @@ from ..lance_core.inputs.tasks import SYSTEM_PROMPTS, check_text
 from ..lance_core.model.sequence import Branch
 from . import checkpoints, latents, loader, pictures
 from .conditioning import Encoded, Prompt
-from .sockets import CATEGORY, EDIT, LANCE, LANCE_VISION, QUESTION, ROLES, Reader, Vision
+from .sockets import CATEGORY, EDIT, LANCE, LANCE_VISION, QUESTION, ROLES, Reader, Vision, checked
 
 AUTO = "auto"
 
@@ -63,6 +63,7 @@ class LanceLoader(io.ComfyNode):
         return checkpoints.fingerprint(checkpoint)
 
     @classmethod
+    @checked
     def execute(cls, checkpoint: str, weight_dtype: str) -> io.NodeOutput:
         return io.NodeOutput(*loader.load(checkpoints.fetch(checkpoint, cls.hidden.unique_id), weight_dtype))
 
@@ -132,6 +133,7 @@ class LanceVisionEncode(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls,
         lance: Reader,
@@ -209,6 +211,7 @@ class LanceTextEncode(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls,
         lance: Reader,

@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from ..lance_core.model.sampler import RENORMS, Guidance
 from . import sampling
-from .sockets import CATEGORY
+from .sockets import CATEGORY, checked
 
 MAX_SEED = 0xFFFFFFFFFFFFFFFF
 
@@ -144,6 +144,7 @@ class LanceSampler(io.ComfyNode):
         return True
 
     @classmethod
+    @checked
     def execute(
         cls,
         model,
@@ -184,6 +185,7 @@ class LanceScheduler(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, steps: int, shift: float, denoise: float) -> io.NodeOutput:
         return io.NodeOutput(sampling.sigmas(steps, shift, denoise))
 
@@ -208,6 +210,7 @@ class LanceGuider(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, model, positive, negative, cfg, cfg_start, cfg_end, renorm, renorm_min) -> io.NodeOutput:
         guider = sampling.IntervalGuider(model, _guidance(cfg, cfg_start, cfg_end, renorm, renorm_min))
         guider.set_conds(positive, negative)
@@ -237,5 +240,6 @@ class LanceNoise(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, seed: int, positive=None) -> io.NodeOutput:
         return io.NodeOutput(sampling.SeededNoise(seed, sampling.reference_tokens(positive)))

@@ -13,7 +13,7 @@ from ..lance_core.inputs.tasks import MAX_NEW_TOKENS, check_text
 from ..lance_core.model.memory import text_bytes
 from ..lance_core.text_generation import Chooser, write
 from . import comfy_compat
-from .sockets import CATEGORY, LANCE, LANCE_VISION, QUESTION, Reader, Vision
+from .sockets import CATEGORY, LANCE, LANCE_VISION, QUESTION, Reader, Vision, checked
 
 
 class LanceUnderstand(io.ComfyNode):
@@ -81,6 +81,7 @@ class LanceUnderstand(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls,
         lance: Reader,

@@ -288,3 +288,48 @@ def main_first(executor: Callable[..., Any], model: Any, *args: Any, **kwargs: A
         finally:
             model.additional_models = brought
     return executor(model, *args, **kwargs)
+
+
+# -- what is at fault
+# -----------------------------------------------------------------------------------------
+
+
+def blame(main: Any) -> str:
+    """Why a MODEL may have given NaN or infinity: the LoRA or weight that has them, or else what usually
+    does.
+    """
+    for patcher in (main, *main.get_additional_models_with_key(UND)):
+        for key, patches in patcher.patches.items():
+            if any(not _finite(part) for patch in patches for part in _tensors(patch)):
+                name = PatchKey.of(key).name
+                return f"a LoRA on {name} has NaN or infinity in it. Take it out, or get its file again."
+    for patcher in (main, *main.get_additional_models_with_key(UND)):
+        # A patched weight would be blamed for its LoRA; those were looked at.
+        bad = next(
+            (n for n, w in patcher.model.named_parameters() if n not in patcher.patches and not _finite(w)),
+            None,
+        )
+        if bad is not None:
+            return f"the weight {bad} is not finite itself, so the checkpoint is damaged. Download it again."
+    if main.model.compute_dtype is torch.float16:
+        return "fp16 overflowed, probably. Choose bf16 as weight_dtype in Lance Loader."
+    if main.patches:
+        return "a LoRA on the model is too strong, probably. Lower its strength, or take it out."
+    return "the latent it started from may have been damaged. Look at the node it comes from."
+
+
+def _tensors(patch: Any) -> Iterable[Tensor]:
+    """The tensors of a patch as ComfyUI keeps it, in tuples, lists and adapters."""
+    if isinstance(patch, Tensor):
+        yield patch
+    elif isinstance(patch, tuple | list):
+        for part in patch:
+            yield from _tensors(part)
+    elif hasattr(patch, "weights"):
+        yield from _tensors(patch.weights)
+
+
+def _finite(tensor: Tensor) -> bool:
+    if not tensor.is_floating_point() or tensor.is_meta:
+        return True
+    return bool(torch.isfinite(tensor if tensor.itemsize > 1 else tensor.float()).all())

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..lance_core.config import OUTPUT_FPS, Grid, latent_grid
-from ..lance_core.errors import NumericsError, RequestError
+from ..lance_core.errors import MediaError, NumericsError, RequestError
 from ..lance_core.inputs import media, preprocess
 from ..lance_core.model.memory import vit_bytes
 from ..lance_core.model.sequence import Kind, Role, Segment, VisualSegment
@@ -78,19 +78,37 @@ def clips_of(images: Tensor | None, video: Any, role: str, mask: Tensor | None) 
     return [frame[None] for frame in to_bytes(images, mask)]
 
 
-def to_bytes(images: Tensor, mask: Tensor | None = None) -> Clip:
-    """IMAGE [n, h, w, c] as uint8 [n, h, w, 3]; where the mask (1 is transparent) says so, white shows
-    through.
+def to_bytes(images: Tensor, mask: Tensor | None = None, picks: list[int] | None = None) -> Clip:
+    """IMAGE [n, h, w, c] of any usual range as uint8 [n, h, w, 3]; where the mask (1 is transparent) says so,
+    white shows through. picks: which of the images to keep.
 
     Raises:
-        MediaError: no pictures, NaN, a range that cannot be told, or a mask that does not fit.
+        NumericsError: NaN or infinity.
+        RequestError: a mask of another size or number, or a range that cannot be told.
     """
-    return media.pictures(images, mask)
+    if not bool(torch.isfinite(images).all()):
+        raise NumericsError("The image has NaN or infinity in it; look at the node it comes from.")
+    if mask is not None and bool(mask.any()):  # Load Image gives an empty one of 64x64 for a picture without
+        height, width = images.shape[-3:-1]
+        masks = mask.reshape(-1, *mask.shape[-2:])
+        if masks.shape[1:] != (height, width):
+            raise RequestError(
+                f"The mask is {mask.shape[-1]}x{mask.shape[-2]} and the image {width}x{height}: connect the mask "
+                "of the same image."
+            )
+        if len(masks) > len(images):
+            raise RequestError(
+                f"{len(masks)} masks came for {len(images)} image(s): connect a mask for each, or one for all."
+            )
+    try:
+        return media.pictures(images, mask, picks)
+    except MediaError as error:
+        raise RequestError(f"The image cannot be used: {error} Look at the node it comes from.") from None
 
 
 def _thinned(images: Tensor, fps: float, mask: Tensor | None = None) -> Clip:
     """The frames of a clip the model sees; images [n, h, w, c] at `fps`."""
-    return media.pictures(images, mask, preprocess.frame_indices(len(images), fps))
+    return to_bytes(images, mask, preprocess.frame_indices(len(images), fps))
 
 
 def _clip_of(video: Any) -> Clip:

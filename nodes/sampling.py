@@ -15,6 +15,7 @@ from . import comfy_compat
 from .conditioning import KEY, Prompt
 from .latents import check_latent
 from .model import LanceModel
+from .patcher import blame
 
 
 def sigmas(steps: int, shift: float, denoise: float) -> Tensor:
@@ -122,8 +123,6 @@ def sample(
         seed=noise.seed,
     )
     if not bool(torch.isfinite(samples).all()):
-        raise NumericsError(
-            "Denoising gave NaN or infinity: the checkpoint is damaged, or fp16 overflowed; choose bf16 as "
-            "the loader's weight dtype."
-        )
-    return {**latent, "samples": samples.to("cpu")}
+        raise NumericsError(f"Denoising gave NaN or infinity: {blame(guider.model_patcher)}")
+    kept = {key: value for key, value in latent.items() if key not in comfy_compat.LATENT_TAGS}
+    return {**kept, "samples": samples.to("cpu")}

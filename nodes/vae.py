@@ -17,6 +17,7 @@ from ..lance_core.errors import CheckpointError
 from ..lance_core.vae.memory import decode_bytes, encode_bytes
 from ..lance_core.vae.wan import WanVAE
 from . import comfy_compat
+from .latents import check_finite
 from .patcher import fill, make_patcher
 
 
@@ -35,7 +36,10 @@ class FirstStage(WanVAE):
         )
 
     def decode(self, latent: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Un-normalised latent -> pixels [b, 3, T, H, W] in -1..1."""
+        """Un-normalised latent -> pixels [b, 3, T, H, W] in -1..1. Raises NumericsError instead of decoding
+        to black.
+        """
+        check_finite(latent)
         return super().decode(
             latent, progress=comfy_compat.progress(), check=mm.throw_exception_if_processing_interrupted
         )
