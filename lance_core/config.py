@@ -195,7 +195,7 @@ def llm_config(raw: Mapping[str, Any], shapes: Shapes, where: str) -> LLMConfig:
 
 
 VIT_SIZES = {
-    "depth": MAX_LAYERS,
+    "depth": 1 << 24,  # compared with the blocks counted in the file before anything is built
     "hidden_size": MAX_SIDE,
     "intermediate_size": MAX_SIDE,
     "num_heads": MAX_HEADS,
@@ -275,7 +275,7 @@ def vae_config(shapes: Shapes, where: str) -> VAEConfig:
     if down > MAX_VAE_LEVELS:
         raise CheckpointError(f"{where} is not a Wan2.2 VAE: {down} levels found, expected 4.")
     enc_blocks, dec_blocks = blocks("encoder", "downsamples"), blocks("decoder", "upsamples")
-    if not 1 <= enc_blocks <= MAX_LAYERS or not 2 <= dec_blocks <= MAX_LAYERS:
+    if not 1 <= enc_blocks <= MAX_LAYERS or not 1 <= dec_blocks <= MAX_LAYERS:
         raise CheckpointError(
             f"{where} is not a Wan2.2 VAE: {enc_blocks} and {dec_blocks} residual blocks in its first "
             "levels, expected 2 and 3."
