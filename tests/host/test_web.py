@@ -141,7 +141,7 @@ def inputs(info: dict) -> dict:
 
 
 def saved_graph(page) -> dict:
-    """The graph as a file would hold it (a value handed over by the browser has null where it was undefined)."""
+    """The graph as a file would hold it (the browser hands over null for what was undefined)."""
     return json.loads(page.page.evaluate("() => JSON.stringify(app.graph.serialize())"))
 
 
@@ -151,7 +151,8 @@ def value(page, node: int, name: str):
 
 def line(page, node: int) -> list[str]:
     """The two halves of the live line."""
-    script = f"id => {{ {_NODE} return [...widget('lance_info').element.children].map(part => part.textContent); }}"
+    parts = "[...widget('lance_info').element.children].map(part => part.textContent)"
+    script = f"id => {{ {_NODE} return {parts}; }}"
     return page.page.evaluate(script, node)
 
 
@@ -414,7 +415,8 @@ def test_chinese_is_shown(chinese, tmp_path):
     assert "连接示例" in text
     node = page.nodes()[0]["id"]
     title, outputs, widgets = page.page.evaluate(
-        f"id => {{ {_NODE} return [node.title, node.outputs.map(slot => slot.label ?? slot.localized_name ?? slot.name), "
+        f"id => {{ {_NODE} return [node.title, "
+        "node.outputs.map(slot => slot.label ?? slot.localized_name ?? slot.name), "
         "Object.fromEntries(node.widgets.map(widget => [widget.name, widget.label]))]; }",
         node,
     )

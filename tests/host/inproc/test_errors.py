@@ -24,7 +24,7 @@ from small import (
 
 
 class TestForeign:
-    """MODEL, CONDITIONING, VAE and LATENT of another family, as far as they have to be real to be connected."""
+    """MODEL, CONDITIONING, VAE and LATENT of another family, as real as they must be to be connected."""
 
     RETURN_TYPES = ("MODEL", "CONDITIONING", "VAE", "LATENT", "LATENT")
     FUNCTION = "make"
