@@ -40,7 +40,8 @@ _READY = "() => window.app?.graph && Object.keys(window.LiteGraph?.registered_no
 _LISTEN = """() => {
   window.__said = [];
   const api = window.comfyAPI.api.api;
-  const types = ['execution_success', 'execution_error', 'execution_interrupted', 'progress_text', 'executed'];
+  const types = ['execution_success', 'execution_error', 'execution_interrupted', 'progress_text',
+    'executed'];
   for (const type of types)
     api.addEventListener(type, event => window.__said.push({type, detail: event.detail}));
 }"""

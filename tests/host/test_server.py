@@ -76,7 +76,8 @@ def guard(*args, **kwargs):
 
 torch.cuda._lazy_init = torch.Tensor.cuda = mm.load_models_gpu = mm.get_torch_device = guard
 pack = {pack!r}
-spec = importlib.util.spec_from_file_location("pack", pack + "/__init__.py", submodule_search_locations=[pack])
+places = {{"submodule_search_locations": [pack]}}
+spec = importlib.util.spec_from_file_location("pack", pack + "/__init__.py", **places)
 pack = sys.modules["pack"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(pack)
 nodes = asyncio.run(asyncio.run(pack.comfy_entrypoint()).get_node_list())
