@@ -6,16 +6,31 @@ TORCH ?= torch==2.13.0
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 RUN = $(VENV)/bin/python
 
-.PHONY: demo test lint format clean
+COMFY ?= $(firstword $(wildcard $(VENV)/bin/comfy) $(shell command -v comfy 2>/dev/null))
+
+.PHONY: help demo test check lint format clean
+help: # the default: prints this list and changes nothing
+	@echo "make demo    two pictures on tiny random weights, in ComfyUI where it can be had"
+	@echo "make test    every test; those that need ComfyUI or a browser say so when they cannot have it"
+	@echo "make check   lint and the tests that need no ComfyUI, under 5 minutes"
+	@echo "make lint    ruff, mypy and, where comfy-cli is installed, comfy node validate"
+	@echo "make format  let ruff rewrite what it can"
+	@echo "make clean   remove the environment and what was built"
+
 demo: $(VENV)/.ready
 	$(RUN) scripts/demo.py
 
 test: $(VENV)/.ready
 	$(RUN) -m pytest
 
+check: lint
+	$(RUN) -m pytest --ignore tests/host
+
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(if $(COMFY),DO_NOT_TRACK=1 $(COMFY) --skip-prompt node validate,@echo "comfy-cli is not installed: comfy node validate is left out")
 
 format: $(VENV)/.ready
 	$(VENV)/bin/ruff check --fix .

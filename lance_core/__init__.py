@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import CheckpointError, LanceError, MediaError, NumericsError, RequestError
 
 if TYPE_CHECKING:
+    from .hub.download import DownloadError
     from .inputs import media
     from .pipeline import Answer, Generated, Lance, load
 
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Answer",
     "CheckpointError",
+    "DownloadError",
     "Generated",
     "Lance",
     "LanceError",
@@ -32,7 +34,10 @@ __all__ = [
     "media",
 ]
 
-_LAZY = {name: ".pipeline" for name in ("Answer", "Generated", "Lance", "load")} | {"media": ".inputs.media"}
+_LAZY = {name: ".pipeline" for name in ("Answer", "Generated", "Lance", "load")} | {
+    "media": ".inputs.media",
+    "DownloadError": ".hub.download",
+}
 
 
 def __getattr__(name: str) -> Any:

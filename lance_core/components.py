@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TypeVar
 
 import numpy as np
@@ -10,16 +11,19 @@ from torch import Tensor, nn
 
 from .checkpoint.checkpoint import Checkpoint
 from .checkpoint.loading import Progress, non_finite
-from .config import LanceConfig
+from .config import Grid, LanceConfig
 from .errors import NumericsError
 from .inputs import preprocess
 from .model.attention import Attention, attention
 from .model.compiling import compile_layers
 from .model.dual_expert import DualExpert, Generation, Understanding
+from .model.out_of_memory import is_out_of_memory
 from .model.sequence import Kind, Placed, Role, Segment, VisualSegment, merge_text
 from .model.side_stream import SideStream
 from .model.vit import VisionTower
 from .vae.wan import WanVAE, denormalize_latent, normalize_latent
+
+log = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -144,22 +148,42 @@ class Components:
         """A clip's ViT embeddings as a segment. clip: uint8 [T, H, W, 3]."""
         vit = self.vit
         patches, (t, h, w) = preprocess.vit_patches(clip, resolution, vit.config)
-        embeds = vit(
-            patches.to(self.device, self.dtype),
-            [(t, h, w)],
-            progress=lambda i, n: self.report("ViT encoding", i, n),
-        )
+        embeds = self._embed(patches, (t, h, w))
         if not bool(torch.isfinite(embeds).all()):
             raise NumericsError(f"the ViT gave NaN or infinity{self.blame('vit')}")
         merge = vit.config.spatial_merge_size
         return VisualSegment(Kind.VIT, role, (t, h // merge, w // merge), embeds)
+
+    def _embed(self, patches: Tensor, grid: Grid) -> Tensor:
+        """The ViT's embeddings of a clip's patches, all frames at once or, out of memory, fewer at a time.
+
+        The result is the same: attention never crosses the ViT's temporal patches.
+        """
+        t, h, w = grid
+        while True:
+            try:
+                parts = [
+                    self.vit(
+                        part.to(self.device, self.dtype),
+                        [(len(part) // (h * w), h, w)],
+                        progress=lambda i, n: self.report("encoding the picture", i, n),
+                    )
+                    for part in patches.split(t * h * w)
+                ]
+                return parts[0] if len(parts) == 1 else torch.cat(parts)
+            except Exception as error:
+                if t == 1 or not is_out_of_memory(error):
+                    raise
+            # Out here the exception is gone, and with it the frames that held the failed pass's tensors.
+            t = (t + 1) // 2
+            log.warning("Out of memory in the ViT; starting over with %d frame pairs at a time.", t)
 
     def encode_vae(self, clip: np.ndarray, resolution: str) -> Tensor:
         """Normalised latent, float32 [t, h, w, 48], of a clip uint8 [T, H, W, 3] brought to the preset's
         size.
         """
         pixels = preprocess.vae_pixels(clip, resolution).to(self.device, self.dtype)
-        latent = self.vae.encode(pixels, progress=lambda i, n: self.report("VAE encoding", i, n))
+        latent = self.vae.encode(pixels, progress=lambda i, n: self.report("encoding", i, n))
         if not bool(torch.isfinite(latent).all()):
             raise NumericsError(f"the VAE's encoder gave NaN or infinity{self.blame('vae')}")
         return normalize_latent(latent.float())[0].permute(1, 2, 3, 0)

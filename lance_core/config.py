@@ -6,16 +6,24 @@ benchmarks and `tiny` have something to start from.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from .errors import CheckpointError
-
-Shapes = Mapping[str, tuple[int, ...]]
+from .stored_values import (
+    MAX_LAYERS,
+    MAX_SIDE,
+    Shapes,
+    matrix,
+    number,
+    numbered,
+    positive,
+    shape,
+    shown,
+    vector,
+)
 
 LATENT_CHANNELS = 48
 TIME_FREQUENCIES = 256  # width of the sinusoidal timestep embedding
@@ -25,6 +33,8 @@ MAX_LATENT_SIDE = 64
 CELL = 16  # pixels a side of one latent token
 FRAMES_PER_LATENT = 4  # in every latent frame but the first, which holds one
 IMAGE_TABLE_ROWS = MAX_LATENT_SIDE**2  # rows of `latent_pos_embed` in a checkpoint trained on single frames
+MAX_HEADS = 4096
+MAX_VAE_LEVELS, MAX_VAE_WIDTH = 8, 1 << 16
 
 Grid = tuple[int, int, int]  # (frames, rows, columns) of latent cells
 
@@ -43,6 +53,8 @@ class SamplingDefaults:
 
 
 RELEASED_SAMPLING = SamplingDefaults()
+RENORMS = ("global", "channel", "none")
+STORED_DTYPES = ("fp32", "bf16", "fp16", "fp8", "int8", "int4", "nvfp4")  # what `convert` writes
 
 
 def latent_frames(frames: int) -> int:
@@ -141,34 +153,13 @@ class LanceConfig:
         return self.vit.tokens_per_second if self.vit else 2
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`.
-
-    Raises:
-        CheckpointError: the file is missing, is not JSON, or holds no object.
-    """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{path} does not exist; a Lance checkpoint folder holds one. Download it again."
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON ({error}); download it again.") from None
-    if not isinstance(data, dict):
-        raise CheckpointError(
-            f"{path} holds a JSON {type(data).__name__}, expected an object; download it again."
-        )
-    return data
-
-
 def llm_config(raw: Mapping[str, Any], shapes: Shapes, where: str) -> LLMConfig:
     """The decoder's configuration from llm_config.json, its sizes confirmed by (model-file) weight shapes.
 
     Raises:
         CheckpointError: a key is missing or disagrees with the weights.
     """
-    heads = positive(raw, "num_attention_heads", where)
+    heads = positive(raw, "num_attention_heads", where, MAX_HEADS)
     vocab, hidden = matrix(shapes, "language_model.model.embed_tokens.weight", where)
     head_dim = vector(shapes, "language_model.model.layers.0.self_attn.q_norm.weight", where)
     inter, _ = matrix(shapes, "language_model.model.layers.0.mlp.gate_proj.weight", where)
@@ -178,11 +169,11 @@ def llm_config(raw: Mapping[str, Any], shapes: Shapes, where: str) -> LLMConfig:
     if not (
         isinstance(section, list)
         and len(section) == 3
-        and all(isinstance(s, int) and s >= 0 for s in section)
+        and all(type(s) is int and 0 <= s <= MAX_SIDE for s in section)
     ):
         raise CheckpointError(
-            f"{where}: rope_scaling.mrope_section is {section!r}, expected three non-negative integers [t, "
-            "h, w]."
+            f"{where}: rope_scaling.mrope_section is {shown(section)}, expected three non-negative integers "
+            "[t, h, w]."
         )
     if sum(section) * 2 != head_dim:
         raise CheckpointError(
@@ -194,12 +185,12 @@ def llm_config(raw: Mapping[str, Any], shapes: Shapes, where: str) -> LLMConfig:
         intermediate_size=inter,
         num_layers=layers,
         num_heads=heads,
-        num_kv_heads=positive(raw, "num_key_value_heads", where),
+        num_kv_heads=positive(raw, "num_key_value_heads", where, MAX_HEADS),
         head_dim=head_dim,
         vocab_size=vocab,
-        rope_theta=number(raw, "rope_theta", where),
+        rope_theta=number(raw, "rope_theta", where, 1, 1e12),
         mrope_section=tuple(section),
-        rms_eps=number(raw, "rms_norm_eps", where),
+        rms_eps=number(raw, "rms_norm_eps", where, 1e-20, 1),
     )
     if config.num_heads % config.num_kv_heads:
         raise CheckpointError(
@@ -208,37 +199,65 @@ def llm_config(raw: Mapping[str, Any], shapes: Shapes, where: str) -> LLMConfig:
         )
     stated = {"hidden_size": hidden, "intermediate_size": inter, "num_hidden_layers": layers}
     for key, found in stated.items():
-        if key in raw and raw[key] != found:
+        if key in raw and (isinstance(raw[key], bool) or raw[key] != found):
             raise CheckpointError(
-                f"{where}: {key} is {raw[key]!r} in the configuration, {found} in the weights: they are of "
-                "two models."
+                f"{where}: {key} is {shown(raw[key])} in the configuration, {found} in the weights: they are "
+                "of two models."
             )
     return config
 
 
-def vit_config(raw: Mapping[str, Any], where: str) -> ViTConfig:
+VIT_SIZES = {
+    "depth": 1 << 24,  # compared with the blocks counted in the file before anything is built
+    "hidden_size": MAX_SIDE,
+    "intermediate_size": MAX_SIDE,
+    "num_heads": MAX_HEADS,
+    "out_hidden_size": MAX_SIDE,
+}
+VIT_OPTIONS = {
+    "in_channels": 3,
+    "patch_size": 256,
+    "temporal_patch_size": 64,
+    "spatial_merge_size": 64,
+    "window_size": 1 << 16,
+}
+"""Keys of the vision tower's configuration, and how large their values may be."""
+
+
+def vit_config(raw: Any, where: str) -> ViTConfig:
     """The vision tower's configuration from its config.json, or from `vision_config` of llm_config.json.
 
     Raises:
-        CheckpointError: a key is missing or out of range.
+        CheckpointError: it is no object, or a key is missing or out of range.
     """
+    if not isinstance(raw, Mapping):
+        raise CheckpointError(f"{where}: the ViT's configuration is {shown(raw)}, expected a JSON object.")
+    sizes = {key: positive(raw, key, where, most) for key, most in VIT_SIZES.items()}
+    sizes |= {key: positive(raw, key, where, most) for key, most in VIT_OPTIONS.items() if key in raw}
     full = raw.get("fullatt_block_indexes", [])
-    if not (isinstance(full, list) and all(isinstance(i, int) for i in full)):
+    if not (isinstance(full, list) and all(type(i) is int and 0 <= i < sizes["depth"] for i in full)):
         raise CheckpointError(
-            f"{where}: fullatt_block_indexes is {full!r}, expected a list of block numbers."
+            f"{where}: fullatt_block_indexes is {shown(full)}, expected a list of block numbers from 0 to "
+            f"{sizes['depth'] - 1}."
         )
-    sizes = {
-        k: positive(raw, k, where)
-        for k in ("depth", "hidden_size", "intermediate_size", "num_heads", "out_hidden_size")
-    }
-    optional = ("in_channels", "patch_size", "temporal_patch_size", "spatial_merge_size", "window_size")
-    sizes |= {k: positive(raw, k, where) for k in optional if k in raw}
-    if sizes["hidden_size"] % sizes["num_heads"]:
+    width, heads = sizes["hidden_size"], sizes["num_heads"]
+    if width % heads:
+        raise CheckpointError(f"{where}: width {width} does not divide into {heads} heads.")
+    if width // heads % 4:
         raise CheckpointError(
-            f"{where}: width {sizes['hidden_size']} does not divide into {sizes['num_heads']} heads."
+            f"{where}: heads are {width // heads} wide, expected a multiple of 4: half turns with the row, "
+            "half with the column."
         )
-    rate = number(raw, "tokens_per_second", where) if "tokens_per_second" in raw else 2
-    return ViTConfig(**sizes, fullatt_block_indexes=tuple(full), tokens_per_second=rate)
+    rate = number(raw, "tokens_per_second", where, 1e-3, 1e4) if "tokens_per_second" in raw else 2
+    config = ViTConfig(**sizes, fullatt_block_indexes=tuple(full), tokens_per_second=rate)
+    if config.in_channels != 3:
+        raise CheckpointError(f"{where}: in_channels is {config.in_channels}, pictures have 3.")
+    if config.window_size < config.patch_size * config.spatial_merge_size:
+        raise CheckpointError(
+            f"{where}: window_size is {config.window_size}, smaller than one merged patch "
+            f"({config.patch_size} x {config.spatial_merge_size} pixels)."
+        )
+    return config
 
 
 def vae_config(shapes: Shapes, where: str) -> VAEConfig:
@@ -266,9 +285,14 @@ def vae_config(shapes: Shapes, where: str) -> VAEConfig:
             f"{where} is not a Wan2.2 VAE: {down} encoder and {up} decoder levels found, expected the same, "
             "at least 2."
         )
+    if down > MAX_VAE_LEVELS:
+        raise CheckpointError(f"{where} is not a Wan2.2 VAE: {down} levels found, expected 4.")
     enc_blocks, dec_blocks = blocks("encoder", "downsamples"), blocks("decoder", "upsamples")
-    if not enc_blocks or not dec_blocks:
-        raise CheckpointError(f"{where} is not a Wan2.2 VAE: no residual blocks in its first level.")
+    if not 1 <= enc_blocks <= MAX_LAYERS or not 1 <= dec_blocks <= MAX_LAYERS:
+        raise CheckpointError(
+            f"{where} is not a Wan2.2 VAE: {enc_blocks} and {dec_blocks} residual blocks in its first "
+            "levels, expected 2 and 3."
+        )
     enc = tuple(
         shape(shapes, f"encoder.downsamples.{i}.downsamples.0.residual.2.weight", where, 5)[0]
         for i in range(down)
@@ -282,7 +306,13 @@ def vae_config(shapes: Shapes, where: str) -> VAEConfig:
         for i in range(down - 1)
     )
     channels = shape(shapes, "conv2.weight", where, 5)[0]
-    patch = math.isqrt(shape(shapes, "encoder.conv1.weight", where, 5)[1] // 3)
+    inputs = shape(shapes, "encoder.conv1.weight", where, 5)[1]
+    patch = math.isqrt(inputs // 3)
+    if max(*enc, *dec) > MAX_VAE_WIDTH or patch > MAX_VAE_WIDTH or inputs != 3 * patch * patch:
+        raise CheckpointError(
+            f"{where} is not a Wan2.2 VAE: it reads {inputs} channels, its widths are {list(enc)} and "
+            f"{list(dec)}."
+        )
     if channels != LATENT_CHANNELS:
         raise CheckpointError(
             f"{where}: a VAE of {channels} latent channels; Lance uses Wan2.2's, which has {LATENT_CHANNELS}."
@@ -302,58 +332,6 @@ def variant_of(shapes: Shapes, name: str) -> str:
     if table:
         return "video" if table[0] > IMAGE_TABLE_ROWS else "image"
     return "video" if "video" in name.lower() else "image"
-
-
-def shape(shapes: Shapes, key: str, where: str, dims: int) -> tuple[int, ...]:
-    """The shape of tensor `key`, which must exist and have `dims` dimensions."""
-    found = shapes.get(key)
-    if found is None:
-        raise CheckpointError(f"{where} has no tensor {key}: it is not of the expected model, or incomplete.")
-    if len(found) != dims or min(found) < 1:
-        raise CheckpointError(f"{where}: {key} has shape {list(found)}, expected {dims} positive dimensions.")
-    return tuple(found)
-
-
-def matrix(shapes: Shapes, key: str, where: str) -> tuple[int, ...]:
-    """(rows, columns) of a tensor of two dimensions."""
-    return shape(shapes, key, where, 2)
-
-
-def vector(shapes: Shapes, key: str, where: str) -> int:
-    """Length of a tensor of one dimension."""
-    return shape(shapes, key, where, 1)[0]
-
-
-def numbered(shapes: Shapes, prefix: str, where: str) -> int:
-    """How many layers PREFIX0, PREFIX1, … the tensors' names count; a name from a stranger decides no
-    allocation.
-
-    Raises:
-        CheckpointError: a number is missing.
-    """
-    found = {k[len(prefix) :].split(".")[0] for k in shapes if k.startswith(prefix)}
-    if found != {str(i) for i in range(len(found))}:
-        raise CheckpointError(
-            f"{where}: the tensors of {prefix}* are not numbered 0 to {len(found) - 1}: some are missing. "
-            "Download it again."
-        )
-    return len(found)
-
-
-def positive(raw: Mapping[str, Any], key: str, where: str) -> int:
-    """Integer `key` of a configuration, at least 1."""
-    value = raw.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 1 << 24:
-        raise CheckpointError(f"{where}: {key} is {value!r}, expected a positive integer.")
-    return value
-
-
-def number(raw: Mapping[str, Any], key: str, where: str) -> float:
-    """Number `key` of a configuration, positive and finite."""
-    value = raw.get(key)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not (0 < value < math.inf):
-        raise CheckpointError(f"{where}: {key} is {value!r}, expected a positive number.")
-    return value
 
 
 def to_json(config: LLMConfig | ViTConfig | VAEConfig) -> dict[str, Any]:

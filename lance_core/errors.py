@@ -4,9 +4,21 @@ Messages say what came, what was expected and what to do. Bugs of ours are not w
 themselves.
 """
 
+from typing import Any
+
 
 class LanceError(Exception):
-    """Base of every error this package raises on purpose."""
+    """Base of every error this package raises on purpose.
+
+    All are called lance_core.NAME, which they can be had as: inside ComfyUI, which shows an exception's
+    module to its users, the real one is a path of files.
+    """
+
+    __module__ = "lance_core"
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.__module__ = "lance_core"
 
 
 class RequestError(LanceError):

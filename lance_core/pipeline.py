@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import checks
 from .checkpoint.checkpoint import Checkpoint
 from .checkpoint.loading import Progress
 from .components import Components
@@ -31,6 +32,7 @@ from .inputs.tasks import Task
 from .model.compiling import check_compiler
 from .model.denoise import denoise
 from .model.dual_expert import Plan, Prepared
+from .model.out_of_memory import said_when_out_of_memory
 from .model.sampler import Guidance, schedule, seeded_noise
 from .model.sequence import Role, Segment, Sequence, clean_latents
 from .model.side_stream import SideStream
@@ -38,6 +40,13 @@ from .text_generation import Chooser, NewText, write
 
 MAX_BATCH = 64
 MAX_SEED = 2**64 - 1
+GENERATE_WITH_LESS = (
+    "ask for fewer pixels, frames or results at once, or load smaller weights (`python -m "
+    "lance_core convert`)"
+)
+ANSWER_WITH_LESS = (
+    "choose a smaller resolution preset, or load smaller weights (`python -m lance_core convert`)"
+)
 
 Callback = Callable[[int, int, Tensor], None]  # step from 1, steps in all, latent
 
@@ -132,6 +141,7 @@ class Lance:
 
     # -- generation ------------------------------------------------------------------------------------------
 
+    @said_when_out_of_memory("generating", GENERATE_WITH_LESS)
     @torch.inference_mode()
     def generate(
         self,
@@ -188,14 +198,17 @@ class Lance:
         tasks.check_media(kind, image, video, references)
         resolution = tasks.resolve_resolution(kind, resolution)
         times = schedule(steps, shift)
+        steps, shift = len(times) - 1, float(shift)
         guidance = Guidance(cfg, cfg_interval, renorm, renorm_min)
-        batch = tasks.check_count("batch_size", batch_size, 1, MAX_BATCH)
-        tasks.check_count("seed", seed, 0, MAX_SEED - batch + 1)
-        if kind.output == "image" and num_frames not in (None, 1):
-            raise RequestError(
-                f"{task} makes one picture and num_frames is {num_frames}; leave it out, or use t2v"
-            )
-        frames = 1 if kind.output == "image" else tasks.resolve_frames(num_frames)
+        batch = checks.whole("batch_size", batch_size, 1, MAX_BATCH)
+        seed = checks.whole("seed", seed, 0, MAX_SEED - batch + 1)
+        checks.function("callback", callback)
+        for name, text in (("system_prompt", system_prompt), ("negative_prompt", negative_prompt)):
+            if text is not None:
+                checks.text(name, text)
+        frames = tasks.resolve_frames(num_frames) if kind.output == "video" else 1
+        if kind.output == "image" and num_frames is not None:
+            self._check_one_frame(task, num_frames)
         size = (0, 0) if kind.sized_by_input else tasks.resolve_size(kind, width, height, resolution)
 
         sources = self._sources(kind, image, video, references)
@@ -234,16 +247,25 @@ class Lance:
             "num_frames": pixels.shape[1],
             "steps": steps,
             "shift": shift,
-            "cfg": cfg,
-            "cfg_interval": list(cfg_interval),
+            "cfg": guidance.scale,
+            "cfg_interval": list(guidance.interval),
             "renorm": renorm,
-            "renorm_min": renorm_min,
+            "renorm_min": guidance.renorm_min,
             "seed": seed,
             "checkpoint": self.checkpoint.path.name,
         }
         if batch == 1:
             latent, pixels = latent[0], pixels[0]
         return Generated(latent, pixels, OUTPUT_FPS, asked)
+
+    @staticmethod
+    def _check_one_frame(task: str, num_frames: Any) -> None:
+        """Refuse more than one frame for a picture."""
+        count = checks.whole("num_frames", num_frames, 1, tasks.MAX_COUNT)
+        if count != 1:
+            raise RequestError(
+                f"{task} makes one picture and num_frames is {count}; leave it out, or use t2v"
+            )
 
     def _sources(self, task: Task, image: Any, video: Any, references: Any) -> list[np.ndarray]:
         """The request's media as 8-bit clips [T, H, W, 3], videos already thinned to the frames the model
@@ -262,13 +284,9 @@ class Lance:
         return [media.load_image(image)[None]] if task.takes == "image" else []
 
     def _system(self, task: Task, system_prompt: str | None) -> str:
-        if system_prompt is not None and not isinstance(system_prompt, str):
-            raise RequestError(f"system_prompt is {type(system_prompt).__name__}, expected text")
         return task.default_system_prompt if system_prompt is None else system_prompt
 
     def _prefill(self, sequence: Sequence, guided: bool, negative_prompt: str | None) -> Prepared:
-        if negative_prompt is not None and not isinstance(negative_prompt, str):
-            raise RequestError(f"negative_prompt is {type(negative_prompt).__name__}, expected text")
         negative = (
             self.checkpoint.tokenizer.encode(negative_prompt)
             if negative_prompt and negative_prompt.strip()
@@ -283,8 +301,11 @@ class Lance:
         references first.
         """
         if noise is not None:
-            noise = torch.as_tensor(noise, dtype=torch.float32)
             tasks.check_noise(noise, batch, grid)
+            try:
+                noise = torch.as_tensor(noise, dtype=torch.float32)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise RequestError(f"noise is no array of numbers ({str(error)[:200]})") from None
             if not bool(torch.isfinite(noise).all()):
                 raise NumericsError("the noise given has NaN or infinity in it")
             return noise.reshape(batch, *grid, LATENT_CHANNELS).to(self.components.device)
@@ -316,6 +337,7 @@ class Lance:
 
     # -- understanding ---------------------------------------------------------------------------------------
 
+    @said_when_out_of_memory("answering", ANSWER_WITH_LESS)
     @torch.inference_mode()
     def understand(
         self,
@@ -348,8 +370,10 @@ class Lance:
         tasks.check_variant(task, self.config.variant)
         tasks.check_media(task, image, video, None)
         resolution = tasks.resolve_resolution(task, resolution)
-        tasks.check_count("max_new_tokens", max_new_tokens, 1, tasks.MAX_NEW_TOKENS)
-        tasks.check_count("seed", seed, 0, MAX_SEED)
+        max_new_tokens = checks.whole("max_new_tokens", max_new_tokens, 1, tasks.MAX_NEW_TOKENS)
+        checks.function("on_token", on_token)
+        if system_prompt is not None:
+            checks.text("system_prompt", system_prompt)
         choose = Chooser(temperature, top_p, seed)
 
         clip = self._sources(task, image, video, None)[0]

@@ -7,11 +7,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from . import checks
 from .errors import NumericsError, RequestError
 from .inputs.tokenizer import Tokenizer
 from .model.dual_expert import DualExpert
 from .model.sequence import Sequence
 from .model.token_loop import TokenLoop
+
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e3
+MAX_SEED = 2**64 - 1
 
 
 class NewText(str):
@@ -26,12 +30,14 @@ class Chooser:
     """
 
     def __init__(self, temperature: float, top_p: float, seed: int) -> None:
-        if not 0 <= temperature < float("inf"):
-            raise RequestError(f"temperature is {temperature}, expected 0 (the likeliest token) or more")
-        if not 0 < top_p <= 1:
-            raise RequestError(f"top_p is {top_p}, expected above 0 and at most 1")
-        self.temperature, self.top_p = temperature, top_p
-        self.generator = torch.Generator().manual_seed(seed)
+        temperature = checks.real("temperature", temperature, 0, MAX_TEMPERATURE)
+        if 0 < temperature < MIN_TEMPERATURE:
+            raise RequestError(
+                f"temperature is {temperature:g}, expected 0 (the likeliest token) or at least "
+                f"{MIN_TEMPERATURE:g}"
+            )
+        self.temperature, self.top_p = temperature, checks.real("top_p", top_p, 0, 1, above=0)
+        self.generator = torch.Generator().manual_seed(checks.whole("seed", seed, 0, MAX_SEED))
 
     def __call__(self, logits: Tensor) -> int | None:
         """The token, or None where there is NaN or infinity in the logits."""

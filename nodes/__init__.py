@@ -1,10 +1,10 @@
-"""The ComfyUI half of the pack: the only place that imports comfy. Thin; the model is lance_core's."""
+"""The ComfyUI half of the pack: the only place that imports ComfyUI. Thin; the model is lance_core's."""
 
 from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import loader
+from . import checkpoints
 from .nodes_latent import EmptyLanceLatent, LanceImageToVideoLatent, LanceVAEDecode
 from .nodes_model import LanceLoader, LanceTextEncode, LanceVisionEncode
 from .nodes_sample import LanceGuider, LanceNoise, LanceSampler, LanceScheduler
@@ -32,4 +32,4 @@ class LanceExtension(ComfyExtension):
         return NODES
 
 
-loader.register_folder()
+checkpoints.register_folder()

@@ -1,8 +1,16 @@
 """CONDITIONING that carries a Lance prompt, and how it becomes a context when sampling starts.
 
 A conditioning is `[[ones(1, 1, 1), {"lance": Prompt}]]`: stock nodes combine, time and zero it like any
-other. The context's keys and values are computed at the start of every sampling run, because LoRAs may have
-changed the weights, and once for the positive and negative of one encode, which share their prefix.
+other.
+
+    Lance Text Encode   Encoded: token ids of the prompt and the negative, embeddings of pictures
+    CONDITIONING        Prompt: one branch of an Encoded
+    sampling starts     Run: an Encoded planned for the latent's size, its context filled by the first model
+    call
+    a model call        RowsCond: the runs and branches that the call's rows belong to
+
+Keys and values are computed anew at the start of every sampling run, because LoRAs may have changed the
+weights, and once for the positive and negative of one encode, which share their prefix.
 """
 
 from __future__ import annotations
@@ -16,97 +24,93 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..lance_core.config import Grid, pixel_size
 from ..lance_core.errors import RequestError
-from ..lance_core.inputs import prompts
 from ..lance_core.inputs.tasks import check_size, resolve_frames
-from ..lance_core.inputs.tokenizer import Tokenizer
 from ..lance_core.model.dual_expert import DualExpert, Plan, Prepared, Row
-from ..lance_core.model.sequence import Branch, Role, Segment, clean_latents
+from ..lance_core.model.sequence import Branch, Role, Sequence, TargetSegment, clean_latents
 
 KEY = "lance"
 
 
 @dataclass(eq=False)
-class Request:
-    """One encode, both of its sides: everything but the target's size, which the latent brings.
+class Encoded:
+    """One encode, both of its branches: everything but the target's size, which the latent brings.
 
-    negative: the negative prompt, None for the trained unconditional sequence.
+    sequence: the context as token ids and embeddings; its target is a placeholder. negative: token ids of the
+    negative prompt, None for the trained unconditional sequence. video: what the prompt was encoded for.
     """
 
-    tokenizer: Tokenizer
-    system: str
-    segments: tuple[Segment, ...]
-    caption: str
-    negative: str | None
+    sequence: Sequence
+    negative: tuple[int, ...] | None
     video: bool
     tokens_per_second: float
 
-    def plan(self, grid: tuple[int, int, int]) -> Plan:
-        """The request for a target of `grid` latent cells; nothing is computed yet.
+    def plan(self, grid: Grid) -> Plan:
+        """Both branches for a target of `grid` latent cells; nothing is computed yet.
 
         Raises:
-            RequestError: the latent does not fit the request.
+            RequestError: the latent does not fit what was encoded.
         """
         self._check(grid)
-        sequence = prompts.generation(self.tokenizer, self.system, self.segments, self.caption, grid)
-        negative = self.tokenizer.encode(self.negative) if self.negative else None
-        return Plan.of(sequence, self.tokens_per_second, True, negative)
+        sequence = replace(self.sequence, target=TargetSegment(grid))
+        return Plan.of(sequence, self.tokens_per_second, True, self.negative)
 
-    def _check(self, grid: tuple[int, int, int]) -> None:
-        check_size(grid[2] * 16, grid[1] * 16)
-        resolve_frames(4 * grid[0] - 3)
+    def _check(self, grid: Grid) -> None:
+        width, height, frames = pixel_size(grid)
+        check_size(width, height)
+        resolve_frames(frames)
         if not self.video and grid[0] > 1:
             raise RequestError(
                 f"The latent has {grid[0]} latent frames and the prompt was encoded for an image: set Lance "
-                "Text Encode's target to "
-                "video, or frames to 1 on the latent."
+                "Text "
+                "Encode's target to video, or frames to 1 on the latent."
             )
-        for segment in clean_latents(self.segments):
+        for segment in clean_latents(self.sequence.context):
             if segment.role is Role.SOURCE and segment.grid != grid:
                 raise RequestError(
-                    f"The latent is {pixels(grid)} and what is to be edited was encoded as "
-                    f"{pixels(segment.grid)}: connect the LATENT "
-                    "output of Lance Vision Encode to the sampler."
+                    f"The latent is {size_text(grid)} and what is to be edited was encoded as "
+                    f"{size_text(segment.grid)}: connect the LATENT output of Lance Vision Encode to the "
+                    "sampler."
                 )
 
     @property
     def reference_tokens(self) -> int:
         """Latent tokens of the references, which take the first rows of the starting noise."""
-        return sum(s.visual for s in clean_latents(self.segments))
+        return sum(s.visual for s in clean_latents(self.sequence.context))
 
     @cached_property
     def context_tokens(self) -> int:
-        """Tokens whose keys and values the context of both sides holds; the target is not among them."""
-        sequence = prompts.generation(self.tokenizer, self.system, self.segments, self.caption, (1, 1, 1))
-        negative = self.tokenizer.encode(self.negative) if self.negative else None
-        prefix, rests = Plan.of(sequence, self.tokens_per_second, True, negative).lengths
-        return prefix + sum(rests)
+        """Tokens whose keys and values the context of both branches holds; the target is not among them."""
+        context, split = self.sequence.context, self.sequence.caption
+        again = sum(
+            s.length for s in context[split:] if s.role is not Role.CAPTION
+        )  # after the caption, in both
+        return sum(s.length for s in context) + again + len(self.negative or ())
 
 
-def pixels(grid: tuple[int, int, int]) -> str:
+def size_text(grid: Grid) -> str:
     """A latent's size as people know it."""
-    t, h, w = grid
-    return f"{w * 16}x{h * 16}" + (f", {4 * t - 3} frames" if t > 1 else "")
+    width, height, frames = pixel_size(grid)
+    return f"{width}x{height}" + (f", {frames} frames" if frames > 1 else "")
 
 
 @dataclass(eq=False)
 class Prompt:
-    """One side of a request: its positive, its negative, or (a zeroed conditioning) the trained unconditional
-    one.
+    """What a conditioning carries: one branch of an encode. A zeroed conditioning is the trained
+    unconditional one.
     """
 
-    request: Request
-    positive: bool
+    encoded: Encoded
+    branch: Branch
 
     def zeroed(self) -> Prompt:
-        """The unconditional side without any negative prompt; the same object each time."""
-        if self.request.negative is None:
-            return Prompt(self.request, False)
-        return Prompt(self._plain, False)
+        """The unconditional branch without any negative prompt; the same `encoded` each time."""
+        return Prompt(self.encoded if self.encoded.negative is None else self._plain, Branch.UNCONDITIONAL)
 
     @cached_property
-    def _plain(self) -> Request:
-        return replace(self.request, negative=None)
+    def _plain(self) -> Encoded:
+        return replace(self.encoded, negative=None)
 
     def conditioning(self) -> list:
         """As ComfyUI's CONDITIONING."""
@@ -138,9 +142,9 @@ def prompt_of(conds: dict[str, Any]) -> Prompt:
 
 @dataclass(eq=False)
 class Run:
-    """A request in one sampling run: planned, and prepared from its first model call on."""
+    """An encode in one sampling run: planned, and prepared from its first model call on."""
 
-    request: Request
+    encoded: Encoded
     plan: Plan
     prepared: Prepared | None = None
 
@@ -153,16 +157,8 @@ class Run:
         return Row(self.prepared, branch)
 
 
-@dataclass(frozen=True, eq=False)
-class Side:
-    """What rows of a model call run against: a branch of a run."""
-
-    run: Run
-    branch: Branch
-
-
 class Store:
-    """Contexts of the sampling run that is going on, shared by the conditionings of one encode.
+    """The runs that are going on, shared by the conditionings of one encode.
 
     Held weakly: a context lives as long as the run's conditionings do, and no longer.
     """
@@ -170,90 +166,83 @@ class Store:
     def __init__(self) -> None:
         self._runs: weakref.WeakValueDictionary[tuple, Run] = weakref.WeakValueDictionary()
 
-    def branch(self, prompt: Prompt, grid: tuple[int, int, int], weights: Any) -> Side:
-        """The prompt's side of its run; `weights` changes when patched weights do."""
-        key = (id(prompt.request), grid, weights)
+    def run(self, encoded: Encoded, grid: Grid, weights: Any) -> Run:
+        """The encode's run at a size; `weights` changes when patched weights do."""
+        key = (id(encoded), grid, weights)
         run = self._runs.get(key)
         if run is None:
-            # The run holds the request, which keeps the id in the key from being used again.
-            run = self._runs[key] = Run(prompt.request, prompt.request.plan(grid))
-        return Side(run, Branch.CONDITIONAL if prompt.positive else Branch.UNCONDITIONAL)
-
-
-class Rows:
-    """What the rows of one model call run against, in chunks: row r of B belongs to branch r // (B / n)."""
-
-    def __init__(self, model: DualExpert, branches: list[Side]) -> None:
-        self.model, self.branches = model, branches
-        self.filled: list[Row] = []
-
-    def fill(self, grid: tuple[int, int, int]) -> None:
-        """Compute the contexts that are still missing.
-
-        Raises:
-            RequestError: they were prepared for another size than the `grid` that is to be denoised.
-        """
-        for side in self.branches:
-            if side.run.plan.grid != grid:
-                raise RequestError(
-                    f"A node between Lance Loader and the sampler denoises {pixels(grid)} of a latent of "
-                    f"{pixels(side.run.plan.grid)}; Lance cannot be cut up like that: remove it "
-                    "(context windows, for instance)."
-                )
-        self.filled = [side.run.row(self.model, side.branch) for side in self.branches]
-
-    def per_row(self, batch: int) -> list[Row]:
-        return [self.filled[r * len(self.filled) // batch] for r in range(batch)]
+            # The run holds `encoded`, which keeps the id in the key from being used again.
+            run = self._runs[key] = Run(encoded, encoded.plan(grid))
+        return run
 
 
 class ContextShape(list):
-    """[1, 1, tokens] for the host's memory estimates, which can tell from it which conditionings share one
+    """[1, 1, tokens] for ComfyUI's memory estimates, which can tell from it which conditionings share a
     context.
     """
 
-    def __init__(self, request: Request) -> None:
-        super().__init__([1, 1, request.context_tokens])
-        self.request = request
+    def __init__(self, encoded: Encoded) -> None:
+        super().__init__([1, 1, encoded.context_tokens])
+        self.encoded = encoded
 
 
 class RowsCond:
-    """ComfyUI's condition protocol over `Rows`, so that positive and negative can run in one forward.
+    """ComfyUI's condition protocol, so that positive and negative can run in one forward: what the rows of a
+    model call run against, in chunks. Row r of B belongs to branch r // (B / n).
 
-    at: the branch for a target of another grid, for conditionings that are set to an area.
+    at: the run for a target of another grid, for conditionings that are set to an area.
     """
 
     def __init__(
-        self,
-        model: DualExpert,
-        at: Callable[[tuple], Side],
-        grid: tuple[int, int, int],
-        joinable: bool = True,
+        self, model: DualExpert, branches: list[tuple[Run, Branch]], at: Callable[[Grid], Run], joinable: bool
     ) -> None:
-        self.model, self.at, self.joinable = model, at, joinable
-        self.cond = Rows(model, [at(grid)])
+        self.model, self.branches, self.at, self.joinable = model, branches, at, joinable
+        self.filled: list[Row] = []
 
     @classmethod
     def of(
-        cls,
-        model: DualExpert,
-        store: Store,
-        prompt: Prompt,
-        grid: tuple[int, int, int],
-        weights: Any,
-        joinable: bool,
+        cls, model: DualExpert, store: Store, prompt: Prompt, grid: Grid, weights: Any, joinable: bool
     ) -> RowsCond:
-        """What `LanceModel.extra_conds` gives; branches stay alive with it."""
-        return cls(model, cache(lambda grid: store.branch(prompt, grid, weights)), grid, joinable)
+        """What `LanceModel.extra_conds` gives; runs stay alive with it."""
+        at = cache(lambda grid: store.run(prompt.encoded, grid, weights))
+        return cls(model, [(at(grid), prompt.branch)], at, joinable)
+
+    @property
+    def cond(self) -> RowsCond:
+        """What the model is called with where nothing is joined."""
+        return self
 
     def process_cond(self, batch_size: int, area: Any = None, **kwargs: Any) -> RowsCond:
-        grid = self.cond.branches[0].run.plan.grid if area is None else tuple(area[: len(area) // 2])
-        return RowsCond(self.model, self.at, grid, self.joinable)
+        ((run, branch),) = self.branches
+        run = run if area is None else self.at(tuple(area[: len(area) // 2]))
+        return RowsCond(self.model, [(run, branch)], self.at, self.joinable)
 
     def can_concat(self, other: Any) -> bool:
         return isinstance(other, RowsCond) and self.joinable and other.joinable
 
-    def concat(self, others: list[RowsCond]) -> Rows:
-        return Rows(self.model, [b for c in (self, *others) for b in c.cond.branches])
+    def concat(self, others: list[RowsCond]) -> RowsCond:
+        joined = [branch for cond in (self, *others) for branch in cond.branches]
+        return RowsCond(self.model, joined, self.at, self.joinable)
 
     def size(self) -> ContextShape:
-        return ContextShape(self.cond.branches[0].run.request)
+        return ContextShape(self.branches[0][0].encoded)
+
+    def fill(self, grid: Grid) -> None:
+        """Compute the contexts that are still missing.
+
+        Raises:
+            RequestError: they were planned for another size than the `grid` that is to be denoised.
+        """
+        for run, _ in self.branches:
+            if run.plan.grid != grid:
+                raise RequestError(
+                    f"A node between Lance Loader and the sampler denoises {size_text(grid)} of a latent of "
+                    f"{size_text(run.plan.grid)}; Lance cannot be cut up like that: remove it (context "
+                    "windows, for "
+                    "instance)."
+                )
+        self.filled = [run.row(self.model, branch) for run, branch in self.branches]
+
+    def per_row(self, batch: int) -> list[Row]:
+        """The branch of each of `batch` rows, after `fill`."""
+        return [self.filled[r * len(self.filled) // batch] for r in range(batch)]

@@ -18,25 +18,24 @@ import torch
 from torch import Tensor
 
 from ..lance_core.checkpoint.quantize import Format, swap
-from ..lance_core.config import LLMConfig
-from ..lance_core.model.decoder import FEED_CHUNK
+from ..lance_core.config import RELEASED_SAMPLING, LLMConfig
 from ..lance_core.model.dual_expert import DualExpert, Generation
 from ..lance_core.model.joined import joined_rows
-from . import host, quant
-from .conditioning import ContextShape, Rows, RowsCond, Store, prompt_of
-from .vision import check_latent
+from ..lance_core.model.memory import DenoisingMemory
+from ..lance_core.model.sequence import MARKERS
+from . import comfy_compat, patcher, quant
+from .conditioning import ContextShape, RowsCond, Store, prompt_of
+from .latents import check_latent
+from .patcher import NO_WEIGHT, UND, UND_PREFIX, ExpertRouting, Places
 
-UND = "lance_und"
-UND_PREFIX = "diffusion_model.understanding."  # how LoRAs name the other expert's layers
 
-
-class LanceConfig(comfy.supported_models_base.BASE):
+class LanceFamily(comfy.supported_models_base.BASE):
     """What ComfyUI wants to know of a model family."""
 
-    unet_extra_config = {}
+    unet_extra_config: dict[str, Any] = {}
     latent_format = comfy.latent_formats.Wan22
-    sampling_settings = {"shift": 3.5}
-    supported_inference_dtypes = host.FLOAT_DTYPES
+    sampling_settings = {"shift": RELEASED_SAMPLING.shift}
+    supported_inference_dtypes = comfy_compat.FLOAT_DTYPES
 
 
 class Denoiser(Generation):
@@ -76,7 +75,7 @@ class Denoiser(Generation):
         context: Any = None,
         transformer_options: dict | None = None,
         *,
-        lance: Rows,
+        lance: RowsCond,
         **kwargs: Any,
     ) -> Tensor:
         """x: [b, 48, t, h, w]; timestep: [b] or, with clean frames, [b, t], in 0..1000. Returns the velocity,
@@ -93,23 +92,16 @@ class LanceModel(comfy.model_base.BaseModel):
     """The MODEL. `current_patcher` (set by the sampler) leads to the understanding expert."""
 
     def __init__(
-        self, config: LanceConfig, llm: LLMConfig, understanding: torch.nn.Module, formats: dict[str, Format]
+        self, config: LanceFamily, llm: LLMConfig, understanding: torch.nn.Module, formats: dict[str, Format]
     ) -> None:
         super().__init__(
             config, comfy.model_base.ModelType.FLOW, device=torch.device("meta"), unet_model=Denoiser
         )
         swap(self.diffusion_model, formats, quant.make)
         self.llm = llm
-        parts = joined_rows(understanding)
-        self.understanding_names = [f"{UND_PREFIX}{name}" for name in (*understanding.state_dict(), *parts)]
-        self.homes = {
-            f"{UND_PREFIX}{name}": (UND_PREFIX + whole, rows) for name, (whole, rows, _) in parts.items()
-        }
-        own = joined_rows(self.diffusion_model)
-        self.homes |= {
-            f"diffusion_model.{name}": (f"diffusion_model.{whole}", rows)
-            for name, (whole, rows, _) in own.items()
-        }
+        joined = joined_rows(understanding)
+        self.understanding_names = [f"{UND_PREFIX}{name}" for name in (*understanding.state_dict(), *joined)]
+        self.places = Places(joined_rows(self.diffusion_model), joined)
         self.store = Store()
 
     @property
@@ -127,7 +119,7 @@ class LanceModel(comfy.model_base.BaseModel):
             self.llm,
             self.understanding.model,
             self.diffusion_model,
-            attention=host.attention,
+            attention=comfy_compat.attention,
             dtype=self.compute_dtype,
             device=device,
         )
@@ -141,7 +133,7 @@ class LanceModel(comfy.model_base.BaseModel):
         # conditioning to the next.
         weights = (patcher.patches_uuid, self.understanding.patches_uuid, kwargs.get("hooks"))
         # The stock EasyCache of older hosts mistakes a guidance batch for one prediction.
-        joinable = not host.has_wrapper(patcher, px.WrappersMP.DIFFUSION_MODEL, "easycache")
+        joinable = not comfy_compat.has_wrapper(patcher, px.WrappersMP.DIFFUSION_MODEL, "easycache")
         experts, grid = self.experts(kwargs["device"]), tuple(noise.shape[2:])
         out = {"lance": RowsCond.of(experts, self.store, prompt_of(kwargs), grid, weights, joinable)}
         mask = kwargs.get("denoise_mask")
@@ -153,7 +145,7 @@ class LanceModel(comfy.model_base.BaseModel):
         return out
 
     def extra_conds_shapes(self, **kwargs: Any) -> dict[str, Any]:
-        return {"lance": ContextShape(prompt_of(kwargs).request)}
+        return {"lance": ContextShape(prompt_of(kwargs).encoded)}
 
     def process_timestep(
         self, timestep: Tensor, x: Tensor | None = None, lance_clean: Tensor | None = None, **kwargs: Any
@@ -183,73 +175,25 @@ class LanceModel(comfy.model_base.BaseModel):
     ) -> float:
         """Bytes one forward of input_shape [b, 48, t, h, w] needs beyond the weights: keys, values and
         activations.
-
-        Activations are widest either around attention (residual, projections, and for at most FEED_CHUNK tokens of
-        each row at once q rotated in float32) or in the feed-forward (residual, its input and output, and for
-        at most FEED_CHUNK tokens at once its two wide tensors). Reading the context may be longer than a step. Per
-        layer and token of every request's
-        context and target: one key and value.
         """
-        llm, size = self.llm, self.compute_dtype.itemsize
-        rows, tokens = input_shape[0], math.prod(input_shape[2:]) + 2
+        tokens = math.prod(input_shape[2:]) + MARKERS
         # Positive and negative of one encode share a context.
-        contexts = {id(getattr(s, "request", s)): int(s[-1]) for s in (cond_shapes or {}).get("lance", [])}
-        kv = (
-            2
-            * llm.num_kv_heads
-            * llm.head_dim
-            * size
-            * llm.num_layers
-            * sum(c + tokens for c in contexts.values())
-        )
-        heads = (llm.num_heads + 2 * llm.num_kv_heads) * llm.head_dim
-        queries = llm.num_heads * llm.head_dim
-        # The joined projections live on beside the rotated ones; the host's attention wants the queries and
-        # gives the result in copies.
-        attending = (2 * (llm.hidden_size + heads + queries) + queries) * size
-        rotating = 8 * queries
-
-        def activations(rows: int, tokens: int) -> int:
-            feeding = (
-                rows * tokens * 4 * llm.hidden_size * size
-                + min(rows * tokens, FEED_CHUNK) * 2 * llm.intermediate_size * size
-            )
-            return max(rows * (tokens * attending + min(tokens, FEED_CHUNK) * rotating), feeding)
-
-        widest = max(activations(rows, tokens), activations(1, max(contexts.values(), default=0)))
-        return float(kv + widest + tokens * llm.hidden_size * size)
+        contexts = {id(getattr(s, "encoded", s)): int(s[-1]) for s in (cond_shapes or {}).get("lance", [])}
+        memory = DenoisingMemory.of(self.llm, self.compute_dtype.itemsize)
+        return float(memory.step(input_shape[0], tokens, contexts.values()))
 
     # -- names LoRAs know ------------------------------------------------------------------------------------
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """This expert's weights; and, without any, the other's names and those of joined projections, so that
-        LoRAs on them are recognised (`_Routing` sends each where it belongs)."""
+        """This expert's weights; and, asked without arguments as LoRA loaders do, the names of the other's
+        and of projections that are joined, so that LoRAs on them are recognised (`patcher.ExpertRouting`
+        sends each where it belongs).
+        """
         state = super().state_dict(*args, **kwargs)
         if not args and not kwargs:
-            for name in (*self.understanding_names, *self.homes):
-                state.setdefault(name, _NO_WEIGHT)
+            for name in (*self.understanding_names, *self.places):
+                state.setdefault(name, NO_WEIGHT)
         return state
-
-    def home(self, key: Any) -> Any:
-        """A patch's key, a name or (name, (axis, start, length), ...), with a projection that has been joined
-        as rows of the joined one.
-        """
-        name, offset, *rest = (key, None) if isinstance(key, str) else key
-        if name not in self.homes:
-            return key
-        whole, rows = self.homes[name]
-        if offset is None:
-            offset = (0, rows.start, rows.stop - rows.start)
-        elif offset[0] == 0:
-            offset = (0, rows.start + offset[1], offset[2])
-        else:
-            raise ValueError(
-                f"a patch of columns of {name} cannot be applied; it can be of the whole weight or of rows"
-            )
-        return (whole, offset, *rest)
-
-
-_NO_WEIGHT = torch.empty(0)
 
 
 def clean_frames(mask: Tensor) -> Tensor:
@@ -275,43 +219,6 @@ def restore_clean(
     return torch.where(mask.to(out.device) == 0, latent_image.to(out), out)
 
 
-class _Routing(quant.PatchesInForward):
-    """Patcher behaviour: patches named for the other expert go to its patcher; both are pinned to the same
-    weights' id.
-    """
-
-    def add_patches(self, patches: dict, *args: Any, **kwargs: Any) -> list:
-        homes = {self.model.home(key): key for key in patches}
-        mine = {k: patches[key] for k, key in homes.items() if not _name(k).startswith(UND_PREFIX)}
-        theirs = {_rename(k): patches[key] for k, key in homes.items() if _name(k).startswith(UND_PREFIX)}
-        done = set(super().add_patches(mine, *args, **kwargs))
-        taken = (
-            set(self.get_additional_models_with_key(UND)[0].add_patches(theirs, *args, **kwargs))
-            if theirs
-            else ()
-        )
-        return [key for k, key in homes.items() if k in done or _rename(k) in taken]
-
-    def add_hook_patches(self, hook: Any, patches: dict, *args: Any, **kwargs: Any) -> list:
-        homes = {self.model.home(key): key for key in patches}
-        done = super().add_hook_patches(hook, {k: patches[key] for k, key in homes.items()}, *args, **kwargs)
-        return [homes[k] for k in done]
-
-    def model_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """This expert's weights only, without the names `LanceModel.state_dict` lends to LoRAs."""
-        return {k: v for k, v in super().model_state_dict(*args, **kwargs).items() if v is not _NO_WEIGHT}
-
-
-def _name(key: Any) -> str:
-    return key if isinstance(key, str) else key[0]
-
-
-def _rename(key: Any) -> Any:
-    return (
-        key.removeprefix(UND_PREFIX) if isinstance(key, str) else (key[0].removeprefix(UND_PREFIX), *key[1:])
-    )
-
-
 def build(
     llm: LLMConfig,
     stored: torch.dtype,
@@ -320,17 +227,17 @@ def build(
     disable_dynamic: bool = False,
     formats: dict[str, Format] | None = None,
 ) -> Any:
-    """A MODEL patcher without weights; give it some with `host.fill`.
+    """A MODEL patcher without weights; give it some with `patcher.fill`.
 
     understanding: the patcher of the understanding expert. formats: layers that are kept quantised.
     """
-    config = LanceConfig({"llm": llm, "apart": tuple(formats or ())})
+    config = LanceFamily({"llm": llm, "apart": tuple(formats or ())})
     config.set_inference_dtype(stored, None if stored == compute else compute)
-    config.custom_operations = host.operations(stored, compute)
+    config.custom_operations = comfy_compat.operations(stored, compute)
     model = LanceModel(config, llm, understanding.model, formats or {})
     model.device = mm.unet_offload_device()
-    patcher = host.make_patcher(model, _Routing, disable_dynamic=disable_dynamic)
-    patcher.set_additional_models(UND, [understanding])
-    patcher.add_wrapper_with_key(px.WrappersMP.OUTER_SAMPLE, "lance_restore", restore_clean)
-    patcher.add_wrapper_with_key(px.WrappersMP.PREPARE_SAMPLING, "lance_placement", host.main_first)
-    return patcher
+    main = patcher.make_patcher(model, ExpertRouting, disable_dynamic=disable_dynamic)
+    main.set_additional_models(UND, [understanding])
+    main.add_wrapper_with_key(px.WrappersMP.OUTER_SAMPLE, "lance_restore", restore_clean)
+    main.add_wrapper_with_key(px.WrappersMP.PREPARE_SAMPLING, "lance_placement", patcher.main_first)
+    return main

@@ -5,16 +5,14 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..lance_core.errors import RequestError
-from ..lance_core.inputs.preprocess import PRESETS, vae_size
-from ..lance_core.inputs.prompts import SYSTEM_PROMPTS
-from ..lance_core.inputs.tasks import check_text
-from . import loader, vision
-from .conditioning import Prompt, Request
-from .types import EDIT, QUESTION, ROLES, Lance, Vision
+from ..lance_core.inputs import prompts
+from ..lance_core.inputs.sizes import PRESETS
+from ..lance_core.inputs.tasks import SYSTEM_PROMPTS, check_text
+from ..lance_core.model.sequence import Branch
+from . import checkpoints, latents, loader, pictures
+from .conditioning import Encoded, Prompt
+from .sockets import CATEGORY, EDIT, LANCE, LANCE_VISION, QUESTION, ROLES, Reader, Vision, checked
 
-CATEGORY = "Lance"
-LANCE = io.Custom("LANCE")
-LANCE_VISION = io.Custom("LANCE_VISION")
 AUTO = "auto"
 
 
@@ -32,14 +30,14 @@ class LanceLoader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "checkpoint",
-                    options=loader.choices(),
+                    options=checkpoints.choices(),
                     tooltip="A checkpoint under models/lance: a released folder or a converted file. "
                     "Lance_3B makes the better images, Lance_3B_Video "
                     "does every task. One marked (download, …) is fetched when you run it, and only then.",
                 ),
                 io.Combo.Input(
                     "weight_dtype",
-                    options=list(loader.DTYPES),
+                    options=list(checkpoints.DTYPES),
                     default="default",
                     tooltip="How the weights are kept. default: what suits this machine, usually bf16. "
                     "fp8_e4m3fn halves the memory and is "
@@ -58,15 +56,16 @@ class LanceLoader(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, checkpoint: str = "") -> bool | str:
-        return loader.refusal(checkpoint) or True
+        return checkpoints.refusal(checkpoint) or True
 
     @classmethod
     def fingerprint_inputs(cls, checkpoint: str, **kwargs) -> str:
-        return loader.fingerprint(checkpoint)
+        return checkpoints.fingerprint(checkpoint)
 
     @classmethod
+    @checked
     def execute(cls, checkpoint: str, weight_dtype: str) -> io.NodeOutput:
-        return io.NodeOutput(*loader.load(loader.fetch(checkpoint, cls.hidden.unique_id), weight_dtype))
+        return io.NodeOutput(*loader.load(checkpoints.fetch(checkpoint, cls.hidden.unique_id), weight_dtype))
 
 
 class LanceVisionEncode(io.ComfyNode):
@@ -134,9 +133,10 @@ class LanceVisionEncode(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls,
-        lance: Lance,
+        lance: Reader,
         role: str,
         resolution: str,
         vae=None,
@@ -145,16 +145,13 @@ class LanceVisionEncode(io.ComfyNode):
         mask=None,
         earlier: Vision | None = None,
     ) -> io.NodeOutput:
-        clips, is_video = vision.clips_of(image, video, role, mask)
+        video_given = pictures.is_video(image, video, role)
+        pictures.check_request(lance, video_given, role, earlier, vae)
         if resolution == AUTO:
-            resolution = "video_480p" if is_video else "image_768res"
-        seen = vision.encode(lance, vae, clips, is_video, role, resolution, earlier)
-        if role == QUESTION:
-            width, height = vae_size(clips[0].shape[2], clips[0].shape[1], resolution)
-            grid = (1 + (len(clips[0]) - 1) // 4, height // 16, width // 16)
-        else:
-            grid = seen.segments[-1].grid
-        return io.NodeOutput(seen, {"samples": vision.empty_latent(grid)})
+            resolution = "video_480p" if video_given else "image_768res"
+        clips = pictures.clips_of(image, video, role, mask)
+        seen, grid = pictures.encode(lance, vae, clips, video_given, role, resolution, earlier)
+        return io.NodeOutput(seen, {"samples": latents.empty_latent(grid)})
 
 
 class LanceTextEncode(io.ComfyNode):
@@ -214,9 +211,10 @@ class LanceTextEncode(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls,
-        lance: Lance,
+        lance: Reader,
         prompt: str,
         negative_prompt: str,
         target: str,
@@ -230,21 +228,19 @@ class LanceTextEncode(io.ComfyNode):
             if system_prompt and system_prompt.strip()
             else SYSTEM_PROMPTS[key].format(vision=target)
         )
+        # The context is the same for every size, which the latent will bring: the target is a placeholder.
+        visuals = vision.segments if vision else ()
+        sequence = prompts.generation(lance.tokenizer, system, visuals, prompt, (1, 1, 1))
         negative = negative_prompt if negative_prompt and negative_prompt.strip() else None
-        segments = vision.segments if vision else ()
-        request = Request(
-            lance.tokenizer,
-            system,
-            segments,
-            prompt,
-            negative,
-            target == "video",
-            lance.config.tokens_per_second,
+        ids = None if negative is None else tuple(lance.tokenizer.encode(negative))
+        encoded = Encoded(sequence, ids, target == "video", lance.config.tokens_per_second)
+        branches = (
+            Prompt(encoded, branch).conditioning() for branch in (Branch.CONDITIONAL, Branch.UNCONDITIONAL)
         )
-        return io.NodeOutput(Prompt(request, True).conditioning(), Prompt(request, False).conditioning())
+        return io.NodeOutput(*branches)
 
 
-def _task_key(lance: Lance, target: str, vision: Vision | None) -> str:
+def _task_key(lance: Reader, target: str, vision: Vision | None) -> str:
     """Which trained instruction fits; refuses what is no task of the model, with the way out."""
     if target == "video" and lance.config.variant == "image":
         raise RequestError(

@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from ..lance_core.model.sampler import RENORMS, Guidance
 from . import sampling
-from .nodes_model import CATEGORY
+from .sockets import CATEGORY, checked
 
 MAX_SEED = 0xFFFFFFFFFFFFFFFF
 
@@ -144,6 +144,7 @@ class LanceSampler(io.ComfyNode):
         return True
 
     @classmethod
+    @checked
     def execute(
         cls,
         model,
@@ -161,9 +162,9 @@ class LanceSampler(io.ComfyNode):
         sampler,
         denoise,
     ) -> io.NodeOutput:
-        guider = sampling.LanceGuider(model, _guidance(cfg, cfg_start, cfg_end, renorm, renorm_min))
+        guider = sampling.IntervalGuider(model, _guidance(cfg, cfg_start, cfg_end, renorm, renorm_min))
         guider.set_conds(positive, negative)
-        noise = sampling.LanceNoise(seed, sampling.reference_tokens(positive))
+        noise = sampling.SeededNoise(seed, sampling.reference_tokens(positive))
         times = sampling.sigmas(steps, shift, denoise)
         callback = latent_preview.prepare_callback(model, len(times) - 1)
         return io.NodeOutput(sampling.sample(guider, noise, sampler, times, latent, callback))
@@ -184,6 +185,7 @@ class LanceScheduler(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, steps: int, shift: float, denoise: float) -> io.NodeOutput:
         return io.NodeOutput(sampling.sigmas(steps, shift, denoise))
 
@@ -208,8 +210,9 @@ class LanceGuider(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, model, positive, negative, cfg, cfg_start, cfg_end, renorm, renorm_min) -> io.NodeOutput:
-        guider = sampling.LanceGuider(model, _guidance(cfg, cfg_start, cfg_end, renorm, renorm_min))
+        guider = sampling.IntervalGuider(model, _guidance(cfg, cfg_start, cfg_end, renorm, renorm_min))
         guider.set_conds(positive, negative)
         return io.NodeOutput(guider)
 
@@ -237,5 +240,6 @@ class LanceNoise(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, seed: int, positive=None) -> io.NodeOutput:
-        return io.NodeOutput(sampling.LanceNoise(seed, sampling.reference_tokens(positive)))
+        return io.NodeOutput(sampling.SeededNoise(seed, sampling.reference_tokens(positive)))

@@ -10,10 +10,10 @@ from ..lance_core.errors import RequestError
 from ..lance_core.inputs import prompts
 from ..lance_core.inputs.prompts import SYSTEM_PROMPTS
 from ..lance_core.inputs.tasks import MAX_NEW_TOKENS, check_text
+from ..lance_core.model.memory import text_bytes
 from ..lance_core.text_generation import Chooser, write
-from . import host
-from .nodes_model import CATEGORY, LANCE, LANCE_VISION
-from .types import QUESTION, Lance, Vision
+from . import comfy_compat
+from .sockets import CATEGORY, LANCE, LANCE_VISION, QUESTION, Reader, Vision, checked
 
 
 class LanceUnderstand(io.ComfyNode):
@@ -81,9 +81,10 @@ class LanceUnderstand(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls,
-        lance: Lance,
+        lance: Reader,
         vision: Vision,
         question: str,
         system_prompt: str,
@@ -105,9 +106,9 @@ class LanceUnderstand(io.ComfyNode):
         trained = SYSTEM_PROMPTS["x2t_video" if vision.video else "x2t_image"]
         system = system_prompt if system_prompt and system_prompt.strip() else trained
         sequence = prompts.question(lance.tokenizer, system, vision.segments, question)
-        llm = lance.config.llm
         tokens = sum(s.length for s in sequence.context) + max_new_tokens
-        mm.load_models_gpu([lance.und], memory_required=_memory(llm, tokens, lance.compute.itemsize))
+        needed = text_bytes(lance.config.llm, tokens, lance.compute.itemsize)
+        mm.load_models_gpu([lance.und], memory_required=needed)
         bar = comfy.utils.ProgressBar(max_new_tokens)
         node_id, written = cls.hidden.unique_id, []
 
@@ -115,10 +116,10 @@ class LanceUnderstand(io.ComfyNode):
             mm.throw_exception_if_processing_interrupted()
             written.append(piece)
             bar.update_absolute(len(written), max_new_tokens)
-            host.show_text("".join(written), node_id)
+            comfy_compat.show_text("".join(written), node_id)
 
         text, _ = write(
-            lance.reader(),
+            lance.understanding(),
             lance.tokenizer,
             sequence,
             lance.config.tokens_per_second,
@@ -127,11 +128,3 @@ class LanceUnderstand(io.ComfyNode):
             show,
         )
         return io.NodeOutput(text, ui={"text": [text]})
-
-
-def _memory(llm, tokens: int, size: int) -> int:
-    """Bytes beyond the weights: the keys and values of all tokens, and the widest activations of the prompt's
-    pass.
-    """
-    kv = 2 * llm.num_kv_heads * llm.head_dim * llm.num_layers
-    return tokens * (kv + 3 * llm.intermediate_size + 8 * llm.hidden_size) * size

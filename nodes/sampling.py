@@ -5,16 +5,17 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-import comfy.sample
 import comfy.samplers
 import torch
 from torch import Tensor
 
 from ..lance_core.errors import NumericsError, RequestError
 from ..lance_core.model.sampler import Guidance, schedule, seeded_noise
+from . import comfy_compat
 from .conditioning import KEY, Prompt
+from .latents import check_latent
 from .model import LanceModel
-from .vision import check_latent
+from .patcher import blame
 
 
 def sigmas(steps: int, shift: float, denoise: float) -> Tensor:
@@ -35,8 +36,8 @@ def require_lance(patcher: Any) -> None:
         )
 
 
-class LanceGuider(comfy.samplers.CFGGuider):
-    """Guidance inside an interval of time, renormalised, as lance_core.sampler.Guidance has it."""
+class IntervalGuider(comfy.samplers.CFGGuider):
+    """Guidance inside an interval of time, renormalised, as lance_core's `Guidance` has it."""
 
     def __init__(self, model_patcher: Any, guidance: Guidance) -> None:
         require_lance(model_patcher)
@@ -60,14 +61,14 @@ class LanceGuider(comfy.samplers.CFGGuider):
         )
 
     def _combine(self, args: dict[str, Any]) -> Tensor:
-        """Host protocol: "cond" and "uncond" are x - denoised, velocity times sigma, so the ratio of norms is
-        the velocity's.
+        """ComfyUI's protocol: "cond" and "uncond" are x - denoised, velocity times sigma, so the ratio of
+        norms is the velocity's.
         """
         floor = 1e-8 * args["sigma"].flatten()[0].float()
         return self.guidance.combine(args["cond"].float(), args["uncond"].float(), channels=1, floor=floor)
 
 
-class LanceNoise:
+class SeededNoise:
     """NOISE in the layout Lance was trained with: a row per token, references first; result i of a batch has
     seed + i.
     """
@@ -88,7 +89,7 @@ class LanceNoise:
 def reference_tokens(positive: Any) -> int:
     """How many rows of the noise the references of a conditioning take."""
     prompts = [c[1].get(KEY) for c in positive or ()]
-    return max((p.request.reference_tokens for p in prompts if isinstance(p, Prompt)), default=0)
+    return max((p.encoded.reference_tokens for p in prompts if isinstance(p, Prompt)), default=0)
 
 
 def fit_latent(patcher: Any, latent: dict[str, Any]) -> dict[str, Any]:
@@ -97,13 +98,18 @@ def fit_latent(patcher: Any, latent: dict[str, Any]) -> dict[str, Any]:
     Raises:
         RequestError: it holds another model's latent.
     """
-    samples = comfy.sample.fix_empty_latent_channels(patcher, latent["samples"])
+    samples = comfy_compat.fix_empty_latent(patcher, latent)
     check_latent(samples)
     return {**latent, "samples": samples.unsqueeze(2) if samples.ndim == 4 else samples}
 
 
 def sample(
-    guider: LanceGuider, noise: LanceNoise, sampler: str, times: Tensor, latent: dict[str, Any], callback: Any
+    guider: IntervalGuider,
+    noise: SeededNoise,
+    sampler: str,
+    times: Tensor,
+    latent: dict[str, Any],
+    callback: Any,
 ) -> dict[str, Any]:
     """Run one of ComfyUI's samplers; returns the LATENT."""
     latent = fit_latent(guider.model_patcher, latent)
@@ -117,8 +123,6 @@ def sample(
         seed=noise.seed,
     )
     if not bool(torch.isfinite(samples).all()):
-        raise NumericsError(
-            "Denoising gave NaN or infinity: the checkpoint is damaged, or fp16 overflowed; choose bf16 as "
-            "the loader's weight dtype."
-        )
-    return {**latent, "samples": samples.to("cpu")}
+        raise NumericsError(f"Denoising gave NaN or infinity: {blame(guider.model_patcher)}")
+    kept = {key: value for key, value in latent.items() if key not in comfy_compat.LATENT_TAGS}
+    return {**kept, "samples": samples.to("cpu")}

@@ -1,23 +1,26 @@
 """Find or build a ComfyUI to test this pack in. Standard library only, so any Python can run it.
 
-Where the host comes from, first match wins:
+Where ComfyUI comes from, first match wins:
 
 1. ``COMFYUI_PATH``: a checkout of yours. Its Python is ``COMFYUI_PYTHON``, else ``<path>/venv`` or
    ``<path>/.venv``, else a venv built here.
 2. The ComfyUI whose ``custom_nodes`` this pack lies in (same choice of Python).
-3. A clone of ComfyUI at a pinned commit, and a venv for it, below ``LANCE_CACHE`` (default
-``~/.cache/comfyui-lance``).
+3. A clone of ComfyUI at one of two pinned commits, and a venv for it, below ``LANCE_CACHE`` (default
+   ``~/.cache/comfyui-lance``). ``--version`` or ``LANCE_COMFYUI`` says which: ``oldest`` (the oldest version
+   that is supported) or ``newest`` (the newest that was tested).
 
 The versions pinned here are those of the test environment and of nothing else: the pack itself pins none of
-its host's packages. Every part lies in a folder named after a hash of what was asked for and is stamped when
+ComfyUI's packages. Every part lies in a folder named after a hash of what was asked for and is stamped when
 complete, so a half-finished install is redone and a changed pin never meets an old install.
 
     python scripts/comfyui.py prepare [--all]     build what is missing; --all also the newest frontend and
-    comfy-cli python scripts/comfyui.py path | python | info
+                                                  comfy-cli
+    python scripts/comfyui.py path | python | info
     python scripts/comfyui.py start [--port N] [--models DIR] [-- ComfyUI arguments]
     python scripts/comfyui.py prune               remove parts that no pin asks for any more
 
-Exit status 3 and one line on stderr mean that there is no host to be had.
+`start` takes the newest version and falls back to the oldest; all others take the oldest unless told.
+Exit status 3 and one line on stderr mean that there is no ComfyUI to be had.
 """
 
 from __future__ import annotations
@@ -39,9 +42,18 @@ PACK = Path(__file__).absolute().parents[1]
 PACK_LINK = "ComfyUI-Lance"  # the folder name a user's custom_nodes has it under
 
 COMFYUI_URL = "https://github.com/Comfy-Org/ComfyUI"
-COMFYUI_COMMIT = "a125cd84b054a57729b5eecab930ca9408719832"  # 0.3.64 and a few days
-# Megabytes of another model's vocabulary, and ComfyUI's own tests: nothing here reads them.
-COMFYUI_LEAVE_OUT = ("/comfy/text_encoders/llama_tokenizer/", "/tests/", "/tests-unit/")
+PINS = {
+    "oldest": "a125cd84b054a57729b5eecab930ca9408719832",  # 0.3.64 and a few days
+    "newest": "783545f689a0af730065994b46b382ae24844c99",  # 0.33.0
+}
+OLDEST, NEWEST = PINS
+# Megabytes of other models' vocabularies, and ComfyUI's own tests: nothing here reads them.
+COMFYUI_LEAVE_OUT = (
+    "/comfy/text_encoders/llama_tokenizer/",
+    "/comfy/text_encoders/qwen35_tokenizer/vocab.json",
+    "/tests/",
+    "/tests-unit/",
+)
 
 # One release's trio; without the constraint, ComfyUI's open "torch" pulls in whatever is newest. PyPI's
 # torchvision and torchaudio are linked against CUDA, so the CPU build of torch does not serve, and torch
@@ -59,7 +71,7 @@ EXIT_UNAVAILABLE = 3
 
 
 class HostUnavailableError(RuntimeError):
-    """No host, and why, in one line."""
+    """There is no ComfyUI to be had, and why, in one line."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +94,7 @@ class Host:
 
 def say(text: str) -> None:
     """Progress goes to stderr; stdout is for answers."""
-    print(f"[host] {text}", file=sys.stderr, flush=True)
+    print(f"[comfyui] {text}", file=sys.stderr, flush=True)
 
 
 def cache_dir() -> Path:
@@ -173,11 +185,21 @@ def _pip(python: Path, *arguments: object, what: str) -> None:
     _run([python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *arguments], what)
 
 
-def _checkout_target() -> Path:
-    return cache_dir() / f"comfyui-{COMFYUI_COMMIT[:10]}"
+def versions() -> tuple[str, ...]:
+    """The pins to test in, by LANCE_COMFYUI: oldest (default), newest or both; one with a checkout given."""
+    asked = os.environ.get("LANCE_COMFYUI") or OLDEST
+    if asked not in (*PINS, "both"):
+        raise HostUnavailableError(f"LANCE_COMFYUI={asked} is none of oldest, newest, both")
+    if asked == "both":
+        return (OLDEST,) if _find_checkout()[0] else tuple(PINS)
+    return (asked,)
 
 
-def _clone(target: Path) -> None:
+def _checkout_target(version: str) -> Path:
+    return cache_dir() / f"comfyui-{PINS[version][:10]}"
+
+
+def _clone(target: Path, commit: str) -> None:
     _run(
         ["git", "clone", "--quiet", "--no-checkout", "--filter=blob:none", COMFYUI_URL, target],
         "cloning ComfyUI",
@@ -188,8 +210,8 @@ def _clone(target: Path) -> None:
         cwd=target,
     )
     _run(
-        ["git", "checkout", "--quiet", "--detach", COMFYUI_COMMIT],
-        f"checking out ComfyUI {COMFYUI_COMMIT[:10]}",
+        ["git", "checkout", "--quiet", "--detach", commit],
+        f"checking out ComfyUI {commit[:10]}",
         cwd=target,
     )
 
@@ -200,7 +222,7 @@ def _venv_target(checkout: Path) -> Path:
 
 
 def _venv_for(checkout: Path, *, may_build: bool) -> Path:
-    """The Python of a venv that holds what `checkout` requires, and what the pack requires on top."""
+    """The Python of a venv that holds what `checkout` requires, and what the pack requires besides."""
 
     def build(target: Path) -> None:
         _run([sys.executable, "-m", "venv", target], "making a venv")
@@ -277,17 +299,36 @@ def _find_checkout() -> tuple[Path | None, str]:
     return (enclosing, "custom_nodes") if (enclosing := _enclosing_comfyui()) else (None, "cache")
 
 
-def prepare(*, may_build: bool = True) -> Host:
-    """The host, built where it is missing.
+def prepare(version: str | None = None, *, may_build: bool = True) -> Host:
+    """ComfyUI and its Python, built where they are missing.
 
-    With `may_build` false nothing is installed or downloaded: what is not there yet raises.
-    Raises HostUnavailableError with a one-line reason.
+    version: "oldest" or "newest", None for what LANCE_COMFYUI says (the first of both). It chooses among the
+    pins and says nothing about a checkout of yours. With `may_build` false nothing is installed or
+    downloaded: what is not there yet raises. Raises HostUnavailableError with a one-line reason.
     """
     checkout, source = _find_checkout()
     python = _own_python(checkout) if checkout else None
     if checkout is None:
-        checkout = _built(_checkout_target(), f"ComfyUI {COMFYUI_COMMIT[:10]}", _clone, may_build=may_build)
+        version = version or versions()[0]
+        commit = PINS[version]
+        checkout = _built(
+            _checkout_target(version),
+            f"ComfyUI {commit[:10]} ({version})",
+            lambda target: _clone(target, commit),
+            may_build=may_build,
+        )
     return Host(checkout, python or _venv_for(checkout, may_build=may_build), source)
+
+
+def prepare_newest(*, may_build: bool = True) -> Host:
+    """The newest version, or the oldest where it cannot be had; LANCE_COMFYUI decides where it is set."""
+    if os.environ.get("LANCE_COMFYUI"):
+        return prepare(may_build=may_build)
+    try:
+        return prepare(NEWEST, may_build=may_build)
+    except HostUnavailableError as error:
+        say(f"no newest ComfyUI ({error}); trying the oldest supported")
+        return prepare(OLDEST, may_build=may_build)
 
 
 def frontend_root(*, may_build: bool = True) -> Path:
@@ -343,8 +384,8 @@ def arguments(base: Path, *, cpu: bool = True) -> list[str]:
     return [*given, "--cpu"] if cpu else given
 
 
-def _info() -> dict[str, str]:
-    host = prepare(may_build=False)
+def _info(version: str | None) -> dict[str, str]:
+    host = prepare(version, may_build=False)
     return {
         "path": str(host.path),
         "python": str(host.python),
@@ -354,28 +395,61 @@ def _info() -> dict[str, str]:
     }
 
 
-def _start(port: int, models: Path | None, extra: list[str]) -> int:
-    host = prepare()
-    base = lay_out(cache_dir() / "base", models={"lance": models} if models else None)
-    command = [
-        str(host.python),
-        str(host.path / "main.py"),
-        *arguments(base, cpu="--gpu" not in extra),
-        "--port",
-        str(port),
-    ]
-    return subprocess.call([*command, *(argument for argument in extra if argument not in ("--", "--gpu"))])
+def base_folder(pack: Path = PACK) -> Path:
+    """The --base-directory of `start`: one for each checkout of the pack."""
+    return cache_dir() / f"base-{_key(str(pack))}"
+
+
+@contextlib.contextmanager
+def in_use(base: Path) -> Iterator[int]:
+    """Hold `base` for one server; gives the lock's descriptor, for the server to inherit.
+
+    A server that outlives this script then keeps the folder. Raises HostUnavailableError while it is held.
+    """
+    base.mkdir(parents=True, exist_ok=True)
+    with open(base / "in-use.lock", "a+") as handle:
+        try:
+            if sys.platform == "win32":
+                import msvcrt
+
+                msvcrt.locking(handle.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise HostUnavailableError(
+                f"a ComfyUI that was started from this checkout still runs (it uses {base}): stop it first"
+            ) from error
+        yield handle.fileno()
+
+
+def _start(version: str | None, port: int, models: Path | None, extra: list[str]) -> int:
+    base = base_folder()
+    with in_use(base) as held:
+        host = prepare(version) if version else prepare_newest()
+        lay_out(base, models={"lance": models} if models else None)
+        command = [
+            str(host.python),
+            str(host.path / "main.py"),
+            *arguments(base, cpu="--gpu" not in extra),
+            "--port",
+            str(port),
+            *(argument for argument in extra if argument not in ("--", "--gpu")),
+        ]
+        return subprocess.call(command, pass_fds=() if os.name == "nt" else (held,))
 
 
 def _prune() -> None:
-    checkout = _find_checkout()[0] or _checkout_target()
+    checkouts = [_checkout_target(version) for version in PINS]
     keep = {
-        _checkout_target().name,
+        *(checkout.name for checkout in checkouts),
         f"frontend-{_key(FRONTEND)}",
         f"comfy-cli-{_key(COMFY_CLI, _python_tag())}",
     }
-    if (checkout / "requirements.txt").is_file():
-        keep.add(_venv_target(checkout).name)
+    for checkout in filter(None, (*checkouts, _find_checkout()[0])):
+        if (checkout / "requirements.txt").is_file():
+            keep.add(_venv_target(checkout).name)
     for folder in sorted(cache_dir().glob("*-*/")):
         if folder.name not in keep and folder.name.split("-")[0] in ("comfyui", "venv", "frontend", "comfy"):
             say(f"removing {folder}")
@@ -397,19 +471,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     start.add_argument("--port", type=int, default=8188)
     start.add_argument("--models", type=Path, help="folder to link as models/lance")
     start.add_argument("extra", nargs=argparse.REMAINDER, help="passed on to ComfyUI; --gpu leaves out --cpu")
+    for name in ("prepare", "path", "python", "info", "start"):
+        commands.choices[name].add_argument("--version", choices=tuple(PINS), help="which pinned ComfyUI")
     given = parser.parse_args(argv)
     try:
         if given.command == "prepare":
-            host = prepare()
+            host = prepare(given.version)
             if given.all:
                 frontend_root(), comfy_cli()
             print(host.path, host.python, sep="\n")
         elif given.command == "info":
-            print(json.dumps(_info(), indent=2))
+            print(json.dumps(_info(given.version), indent=2))
         elif given.command in ("path", "python"):
-            print(getattr(prepare(may_build=False), given.command))
+            print(getattr(prepare(given.version, may_build=False), given.command))
         elif given.command == "start":
-            return _start(given.port, given.models, given.extra)
+            return _start(given.version, given.port, given.models, given.extra)
         else:
             _prune()
     except HostUnavailableError as error:

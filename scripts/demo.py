@@ -129,7 +129,7 @@ def main() -> None:
     lance("tiny", str(OUT / "models"))
     mode = os.environ.get("LANCE_HOST", "auto")
     try:
-        found = comfyui.prepare(may_build=mode == "auto") if mode != "off" else None
+        found = comfyui.prepare_newest(may_build=mode == "auto") if mode != "off" else None
         reason = "LANCE_HOST=off"
     except comfyui.HostUnavailableError as error:
         found, reason = None, str(error)

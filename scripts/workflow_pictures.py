@@ -1,14 +1,15 @@
 """What needs a ComfyUI, and a browser, to be made: the node descriptions, the thumbnails and the pictures of
 the README.
 
-Run by workflows.py in a Python that has playwright; the ComfyUI comes from comfyui.py, the tiny checkpoint from
-tests/golden.
+Run by workflows.py in a Python that has playwright; the ComfyUI comes from comfyui.py, the tiny checkpoint
+from tests/golden.
 """
 
 from __future__ import annotations
 
 import base64
 import contextlib
+import importlib.util
 import json
 import shutil
 import sys
@@ -16,15 +17,15 @@ import tempfile
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import comfyui
+from workflow_graphs import TITLES
+
+if TYPE_CHECKING:
+    from harness import ComfyServer
 
 ROOT = Path(__file__).absolute().parents[1]
-sys.path[:0] = [str(ROOT / "tests" / "host"), str(ROOT / "scripts")]
-
-import comfyui  # noqa: E402
-from harness import ComfyServer  # noqa: E402
-from workflow_graphs import TITLES  # noqa: E402
-
 README_PICTURES = {
     "lance_text_to_image": "text_to_image",
     "lance_image_edit": "image_edit",
@@ -40,13 +41,15 @@ MARGIN = 16
 _FRAME = """async margin => {
   const {canvas, graph} = app, boxes = graph._groups.map(group => group._bounding);
   const left = Math.min(...boxes.map(b => b[0])), top = Math.min(...boxes.map(b => b[1]));
-  const width = Math.max(...boxes.map(b => b[0] + b[2])) - left, height = Math.max(...boxes.map(b => b[1] + b[3])) - top;
+  const width = Math.max(...boxes.map(b => b[0] + b[2])) - left;
+  const height = Math.max(...boxes.map(b => b[1] + b[3])) - top;
   const area = canvas.canvas.getBoundingClientRect(), bar = 120;
   const scale = Math.min((area.width - 200) / width, (area.height - bar - 100) / height, 1.25);
   canvas.ds.scale = scale;
   canvas.ds.offset = [(150 + margin) / scale - left, (bar + margin) / scale - top];
   canvas.setDirty(true, true);
-  return {x: area.left + 150, y: area.top + bar, width: width * scale + 2 * margin, height: height * scale + 2 * margin};
+  return {x: area.left + 150, y: area.top + bar,
+    width: width * scale + 2 * margin, height: height * scale + 2 * margin};
 }"""
 # Both draw on a canvas in the page, which has fonts and filters; `png` is the screenshot in base64.
 _SHRINK = """async ([png, width]) => {
@@ -82,9 +85,20 @@ _CARD = """async ([png, side, title, accent]) => {
 }"""
 
 
+def _test_tool(name: str) -> Any:
+    """A module of tests/host, by its file: scripts are no package that could import it."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tests" / "host" / f"{name}.py")
+    if spec is None or spec.loader is None:
+        raise ImportError(f"tests/host/{name}.py is not there")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @contextlib.contextmanager
 def server(newest: bool = False) -> Iterator[ComfyServer]:
     """A ComfyUI with the pack, the tiny checkpoint and ComfyUI's own example picture, gone afterwards."""
+    ComfyServer = _test_tool("harness").ComfyServer
     with tempfile.TemporaryDirectory() as base:
         found = comfyui.prepare()
         root = comfyui.frontend_root() if newest else None
@@ -103,8 +117,7 @@ def object_info() -> dict[str, Any]:
 
 def draw(names: list[str]) -> None:
     """workflows/NAME.jpg of each, and docs/images/*.png of some."""
-    from browser import Browser
-
+    Browser = _test_tool("browser").Browser
     images = ROOT / "docs" / "images"
     images.mkdir(parents=True, exist_ok=True)
     with server(newest=True) as started:

@@ -1,10 +1,12 @@
 """The files in workflows/: written from workflow_graphs.py, never by hand.
 
-python scripts/workflows.py write         workflows/*.json (for the browser) and workflows/api/*.json (for
-/prompt) python scripts/workflows.py check         exit 1 and a line for each file that is not what `write`
-would write python scripts/workflows.py nodes         take the node descriptions anew from a ComfyUI
-(scripts/comfyui.py finds it) python scripts/workflows.py thumbnails    workflows/*.jpg and docs/images/*.png,
-drawn by ComfyUI in a browser
+python scripts/workflows.py write         workflows/*.json (for the browser) and workflows/api/*.json
+                                          (for /prompt)
+python scripts/workflows.py check         exit 1 and a line for each file that `write` would change
+python scripts/workflows.py nodes         take the node descriptions anew from a ComfyUI (comfyui.py
+                                          finds it)
+python scripts/workflows.py thumbnails    workflows/*.jpg and docs/images/*.png, drawn by ComfyUI in a
+                                          browser
 """
 
 from __future__ import annotations
@@ -16,13 +18,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import workflow_layout
+from workflow_graphs import MAKERS, build
+
 ROOT = Path(__file__).absolute().parents[1]
 FOLDER = ROOT / "workflows"
 NODES = Path(__file__).with_name("workflow_nodes.json")
-sys.path.insert(0, str(Path(__file__).parent))
-
-import workflow_layout  # noqa: E402
-from workflow_graphs import MAKERS, build  # noqa: E402
 
 NAMES = list(MAKERS)
 
@@ -70,7 +71,7 @@ def check() -> int:
 
 
 def snapshot(info: dict[str, Any]) -> str:
-    """The text of workflow_nodes.json for a host's /object_info."""
+    """The text of workflow_nodes.json for a ComfyUI's /object_info."""
     kinds = sorted(kind for kind in workflow_layout.SIZES if kind != workflow_layout.NOTE)
     rows = [
         f"{json.dumps(kind)}: {json.dumps(node)}"
@@ -88,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
     command = parser.parse_args(argv).command
     if command in ("write", "check"):
         return write() if command == "write" else check()
-    import workflow_pictures  # needs a host, and for pictures a browser
+    import workflow_pictures  # needs a ComfyUI, and for pictures a browser
 
     if command == "nodes":
         NODES.write_text(snapshot(workflow_pictures.object_info()), encoding="utf-8", newline="\n")

@@ -76,9 +76,9 @@ def video_lance(opened) -> lance_core.Lance:
 def record(lance: lance_core.Lance, *args: Any, **options: Any) -> SimpleNamespace:
     """Run `generate` and note what it went through.
 
-    result; sequence, plan and prepared as denoised; passes (branch or None, tokens, causal, tokens before) over
-    the context; velocities (rows' branches, x, t, velocity) of every call; start, the noise with a fixed first
-    frame in it, and that first_frame.
+    result; sequence, plan and prepared as denoised; passes (branch or None, tokens, causal, tokens before)
+    over the context; velocities (rows' branches, x, t, velocity) of every call; start, the noise with a fixed
+    first frame in it, and that first_frame.
     """
     run = SimpleNamespace(passes=[], velocities=[])
     extend, velocity = Context.extend, DualExpert.velocity

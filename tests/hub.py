@@ -237,12 +237,13 @@ def damage(path: Path) -> None:
     path.write_bytes(data)
 
 
-# lance_core.download without the rest of the package, so that a process starts quickly.
+# lance_core.hub.download without the rest of the package, so that a process starts quickly.
 CHILD = """
 import os, signal, sys, types
-package = types.ModuleType("lance_core"); package.__path__ = [sys.argv[1]]; sys.modules["lance_core"] = package
-from lance_core.hub import download, http as transfer
-transfer.CHUNK, transfer.POLL, download.MARGIN = 16384, 0.05, 0
+package = types.ModuleType("lance_core"); package.__path__ = [sys.argv[1]]
+sys.modules["lance_core"] = package
+from lance_core.hub import download, http, job, watch
+watch.CHUNK, watch.POLL, job.MARGIN = 16384, 0.05, 0
 import huggingface_hub.hf_api
 where, count = sys.argv[4], [0]
 def dying(call, after):
@@ -252,15 +253,15 @@ def dying(call, after):
         if count[0] == int(sys.argv[5]): os.kill(os.getpid(), signal.SIGKILL)
         if not after: return call(*args, **kwargs)
     return wrapped
-if where == "write": transfer.Part.write = dying(transfer.Part.write, True)
-if where.endswith("replace"): download.os.replace = dying(os.replace, where == "after replace")
+if where == "write": http.PartFile.write = dying(http.PartFile.write, True)
+if where.endswith("replace"): os.replace = dying(os.replace, where == "after replace")
 print("ready", flush=True)
 print(download.download("Lance_3B", sys.argv[2], endpoint=sys.argv[3])["fetched"], flush=True)
 """
 
 
 def child(hub: Hub, root: Path, where: str = "", count: int = 0) -> subprocess.Popen:
-    """A process that downloads, about to begin; `where` and `count` choose a moment at which it kills itself."""
+    """A process that downloads, about to begin; `where` and `count` choose when it kills itself."""
     command = [sys.executable, "-c", CHILD, str(CORE), str(root), hub.url, where, str(count)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "ready\n"

@@ -13,8 +13,7 @@ import torch
 from benching import CHECKPOINT, options, tiny
 from torch.utils.flop_counter import FlopCounterMode
 
-from lance_core.bench import cost as cost
-from lance_core.bench import device, measure
+from lance_core.bench import cost, device, measure, speed
 from lance_core.bench import run as bench_run
 from lance_core.bench.case import case_of, noise
 from lance_core.bench.device import Meter, cut_layers, materialise
@@ -26,7 +25,9 @@ from lance_core.config import RELEASED_LLM, LanceConfig, LLMConfig, VAEConfig, V
 from lance_core.errors import CheckpointError, RequestError
 from lance_core.model.decoder import ExpertLayer
 from lance_core.model.denoise import denoise
-from lance_core.model.dual_expert import DualExpert, Generation, Plan, Row, Understanding
+from lance_core.model.dual_expert import DualExpert
+from lance_core.model.experts import Generation, Understanding
+from lance_core.model.plan import Plan, Row
 from lance_core.model.sampler import Guidance, schedule
 from lance_core.model.sequence import Branch
 from lance_core.model.token_loop import TokenLoop
@@ -144,7 +145,7 @@ def test_baseline_gives_the_same_velocity_and_result(edit):
     case, sequence, plan = request_of(frames=5, edit=edit, batch=2)
     model = model_of()
     prepared, baseline = model.prefill(plan), Baseline(model)
-    sides = baseline.prefill(sequence, plan)
+    sides = baseline.prefill(plan)
     x, t = noise(1, *case.grid, 48), torch.full((1, case.grid[0]), 0.6)
     both = [baseline.velocity(side, sequence, x, t) for side in sides]
     ours = model.velocity([Row(prepared, b) for b in Branch], torch.cat([x, x]), torch.cat([t, t]))
@@ -346,7 +347,7 @@ def test_a_cut_model_is_extrapolated_and_says_so():
 
 def test_both_experts_are_compiled_if_asked(monkeypatch):
     seen = []
-    monkeypatch.setattr(bench_run, "check_compiler", lambda device: seen.append(str(device)))
+    monkeypatch.setattr(speed, "check_compiler", lambda device: seen.append(str(device)))
     monkeypatch.setattr(measure, "compile_layers", lambda module: (seen.append(type(module)), module)[1])
     result = bench_run.run(tiny("--compile", "--skip", "vit", "encode", "decode", "token", "prefill"))
     assert (
@@ -375,7 +376,7 @@ def test_layers_are_cut_to_what_memory_holds(monkeypatch):
 
 
 def test_parts_a_checkpoint_lacks_are_left_out(monkeypatch):
-    monkeypatch.setattr(bench_run, "_config", lambda name: replace(CONFIG, vit=None, vae=None))
+    monkeypatch.setattr(speed, "_config", lambda name: replace(CONFIG, vit=None, vae=None))
     result = bench_run.run(tiny("--dtype", "float32"))
     assert set(result["cases"][0]["measures"]) == {"prefill_text", "step", "step_unguided", "token"}
 

@@ -12,7 +12,7 @@ import pytest
 from benching import CHECKPOINT
 from benching import suite as run_suite
 
-from lance_core.bench import plot, suite
+from lance_core.bench import plot, speed, suite
 from lance_core.bench import run as bench_run
 from lance_core.bench.case import case_of
 from lance_core.bench.growth import fit, steadiness
@@ -151,7 +151,7 @@ def test_rows_that_do_not_fit_say_so(smaller, monkeypatch):
 
 
 def test_rows_without_their_part_say_so(smaller, monkeypatch):
-    monkeypatch.setattr(bench_run, "_config", lambda name: replace(CONFIG, vit=None, vae=None))
+    monkeypatch.setattr(speed, "_config", lambda name: replace(CONFIG, vit=None, vae=None))
     rows = {
         row["name"]: row["skipped"]
         for row in bench_run.run(run_suite("small", "--skip", "growth", "t2i", "t2i_batch4", "t2v"))["rows"]

@@ -19,6 +19,8 @@ from safetensors.torch import load_file, save_file
 
 import lance_core
 from lance_core import CheckpointError
+from lance_core.bench import loading
+from lance_core.bench.case import RELEASED
 from lance_core.checkpoint import convert, describe
 from lance_core.checkpoint.checkpoint import Checkpoint
 from lance_core.checkpoint.tensor_files import SafetensorsFile, TorchFile, open_weights
@@ -527,7 +529,7 @@ def test_loading_holds_the_result_and_one_piece(golden, monkeypatch):
 
         return made
 
-    monkeypatch.setattr(tensor_files, "PIECE", 256)
+    monkeypatch.setattr(tensor_files, "CHUNK", 256)
     file = SafetensorsFile(golden / "checkpoint" / "Lance_3B" / "model.safetensors")
     monkeypatch.setattr(torch, "empty", counted(torch.empty))
     monkeypatch.setattr(tensor_files, "_mapped", counted(tensor_files._mapped))
@@ -546,7 +548,7 @@ def test_reading_in_pieces_is_reading_whole(golden, monkeypatch):
 
     path = golden / "checkpoint" / "Lance_3B" / "model.safetensors"
     whole = load_file(path)
-    monkeypatch.setattr(tensor_files, "PIECE", 64)
+    monkeypatch.setattr(tensor_files, "CHUNK", 64)
     file = SafetensorsFile(path)
     for name, tensor in whole.items():
         assert torch.equal(file.read(name), tensor)
@@ -574,16 +576,13 @@ def released_layout(tmp_path_factory):
     """released_layout(name) -> a checkpoint with the released names, shapes and dtypes and no contents (a
     sparse file).
     """
-    sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
-    import measure_loading
-
     base = tmp_path_factory.mktemp("released")
-    cases = {case.name: case for case in measure_loading.CASES}
+    cases = {case.name: case for case in loading.CASES}
     known: dict[str, Path] = {}
 
     def write(name: str) -> Path:
         if name not in known:
-            known[name] = measure_loading.write_case(base / name, cases[name], measure_loading.RELEASED)
+            known[name] = loading.write_case(base / name, cases[name], RELEASED)
         return known[name]
 
     return write

@@ -18,7 +18,8 @@ from golden_cases import ANSWERED, DRAWN, GOLDEN, MANIFEST, request_of
 from PIL import Image
 from safetensors.torch import load_file
 
-from lance_core.__main__ import Bars, main
+from lance_core.cli.common import Bars
+from lance_core.cli.main import main
 from lance_core.inputs import media
 from lance_core.inputs.tasks import TASKS
 
@@ -329,7 +330,7 @@ def test_bars_open_per_stage(monkeypatch):
         def close(self):
             self.n = -1
 
-    monkeypatch.setattr("lance_core.__main__.tqdm", Bar)
+    monkeypatch.setattr("lance_core.cli.common.tqdm", Bar)
     bars = Bars(True)
     for stage, done in (("a", 1), ("a", 2), ("b", 1), ("b", 2), ("a", 1)):
         bars(stage, done, 2)

@@ -18,13 +18,13 @@ import torch
 from safetensors import safe_open
 
 import lance_core
-from lance_core import config
-from lance_core.__main__ import main
+from lance_core import config, files
 from lance_core.checkpoint import tiny
 from lance_core.checkpoint.checkpoint import Checkpoint
 from lance_core.checkpoint.convert import DTYPES, convert, report
 from lance_core.checkpoint.quantize import FORMATS
 from lance_core.checkpoint.tensor_files import SafetensorsFile
+from lance_core.cli.main import main
 from lance_core.errors import CheckpointError, RequestError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -312,3 +312,113 @@ def slow(what, done, total):
     time.sleep(0.01)
 convert(sys.argv[1], sys.argv[2], progress=slow)
 """
+
+
+# -- several writers, killed ones, and targets that cannot be written ----------------------------------------
+
+
+def test_two_conversions_to_one_target_do_not_mix(root, tmp_path):
+    """The second begins while the first writes; each ends with a whole file of its own."""
+    target, wanted = tmp_path / "x.safetensors", {}
+    for dtype in ("fp32", "bf16"):
+        convert(root / "Lance_3B", tmp_path / f"{dtype}.safetensors", dtype)
+        wanted[dtype] = (tmp_path / f"{dtype}.safetensors").read_bytes()
+
+    def midway(what, done, total):
+        if done > total / 2 and not target.exists():
+            convert(root / "Lance_3B", target, "bf16")
+            assert target.read_bytes() == wanted["bf16"]
+
+    convert(root / "Lance_3B", target, "fp32", progress=midway)
+    assert target.read_bytes() == wanted["fp32"]
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_processes_that_convert_to_one_target_leave_a_whole_file(root, tmp_path):
+    command = [sys.executable, "-c", _SLOW, str(root / "Lance_3B"), str(tmp_path / "k.safetensors")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    both = [subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) for _ in range(3)]
+    time.sleep(2)
+    both[0].send_signal(signal.SIGKILL)
+    assert [p.wait() for p in both[1:]] == [0, 0]
+    both[0].wait()
+    convert(root / "Lance_3B", tmp_path / "other.safetensors")
+    assert (tmp_path / "k.safetensors").read_bytes() == (tmp_path / "other.safetensors").read_bytes()
+    convert(root / "Lance_3B", tmp_path / "k.safetensors")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["k.safetensors", "other.safetensors"]
+
+
+def test_a_part_is_swept_only_if_its_writer_is_gone(tmp_path):
+    path = tmp_path / "x.bin"
+    with files.written(path) as first:
+        first.write(b"first")
+        (tmp_path / f"x.bin.{'0' * 16}.part").write_bytes(b"a killed writer's")
+        (tmp_path / "x.bin.mine.part").write_bytes(b"of another kind")
+        (tmp_path / f"other.bin.{'0' * 16}.part").write_bytes(b"of another name")
+        (tmp_path / f"x.bin.{'1' * 16}.part").symlink_to(tmp_path / "x.bin.mine.part")
+        with files.written(path) as second:
+            second.write(b"second")
+        assert path.read_bytes() == b"second"
+    assert path.read_bytes() == b"first"
+    left = {"x.bin", "x.bin.mine.part", f"other.bin.{'0' * 16}.part", f"x.bin.{'1' * 16}.part"}
+    assert {p.name for p in tmp_path.iterdir()} == left
+
+
+@pytest.mark.skipif(os.name == "nt", reason="FIFOs")
+def test_targets_that_are_no_files_are_sentences(root, tmp_path):
+    os.mkfifo(tmp_path / "fifo.safetensors")
+    (tmp_path / "folder.safetensors").mkdir()
+    (tmp_path / "mine").write_bytes(b"mine")
+    (tmp_path / "link.safetensors").symlink_to(tmp_path / "mine")
+    for name, kind in (("fifo", "a FIFO"), ("folder", "a folder")):
+        with pytest.raises(CheckpointError, match=f"cannot be written.*is {kind}"):
+            convert(root / "Lance_3B", tmp_path / f"{name}.safetensors")
+    convert(root / "Lance_3B", tmp_path / "link.safetensors")
+    assert (tmp_path / "mine").read_bytes() == b"mine", "the link is replaced, its target is not written to"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="FIFOs")
+def test_tiny_refuses_targets_that_are_no_folders(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    os.mkfifo(tmp_path / "fifo")
+    for name, kind in (("file", "is a file, no folder"), ("fifo", "a FIFO")):
+        with pytest.raises(RequestError, match=kind):
+            tiny.write(tmp_path / name)
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        tiny.write(tmp_path / "file" / "inside")
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        tiny.write(tmp_path / ("x" * 300))
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_tiny_on_a_full_disk_leaves_nothing_and_can_be_tried_again(tmp_path, monkeypatch, there):
+    target, made = tmp_path / "t", tiny._write_json
+
+    def full(path, data):
+        if path.parent.name == "Lance_3B_Video":
+            raise OSError(28, "No space left on device")
+        made(path, data)
+
+    if there:
+        target.mkdir()
+        (target / "mine").write_text("mine")
+    monkeypatch.setattr(tiny, "_write_json", full)
+    with pytest.raises(CheckpointError, match="No space left"):
+        tiny.write(target)
+    assert [p.name for p in tmp_path.rglob("*")] == (["t", "mine"] if there else [])
+    monkeypatch.setattr(tiny, "_write_json", made)
+    Checkpoint(tiny.write(target) / "Lance_3B")
+
+
+def test_a_killed_tiny_leaves_no_checkpoint_and_is_swept_by_the_next(tmp_path):
+    script = (
+        "import os, signal, sys; from lance_core.checkpoint import tiny\n"
+        "tiny._write_tokenizer = lambda _: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "tiny.write(sys.argv[1])"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "t")], env=environment)
+    assert not (tmp_path / "t").exists() and list(tmp_path.iterdir())
+    tiny.write(tmp_path / "t")
+    assert [p.name for p in tmp_path.iterdir()] == ["t"]

@@ -18,11 +18,12 @@ from pathlib import Path
 import pytest
 
 from lance_core.checkpoint import checkpoint
-from lance_core.hub import download, http
+from lance_core.hub import download, http, job, released, watch
 from lance_core.hub.download import DownloadError
 
 sys.path.insert(0, str(Path(__file__).parent))
-from hub import VAE, Hub, child, damage, digest, files_of, needed, released, there
+import hub as hubs
+from hub import VAE, Hub, child, damage, digest, files_of, needed, there
 
 MODEL = "Lance_3B/model.safetensors"
 GOLDEN = Path(__file__).parent / "golden" / "checkpoint"
@@ -36,14 +37,15 @@ def alone(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf_home"))
     monkeypatch.setenv("LANCE_REVISION", "main")
     for name, value in {"BACKOFF": 0.01, "MARGIN": 0}.items():
-        monkeypatch.setattr(download, name, value)
-    for name, value in {"STALL": 0.6, "CHUNK": 16384, "POLL": 0.05}.items():
-        monkeypatch.setattr(http, name, value)
+        monkeypatch.setattr(job, name, value)
+    monkeypatch.setattr(http, "STALL", 0.6)
+    for name, value in {"CHUNK": 16384, "POLL": 0.05}.items():
+        monkeypatch.setattr(watch, name, value)
 
 
 @pytest.fixture
 def hub():
-    with Hub(released()) as hub:
+    with Hub(hubs.released()) as hub:
         yield hub
 
 
@@ -161,8 +163,8 @@ def test_a_server_without_ranges_starts_over(hub, root):
 def test_a_lasting_failure_is_a_sentence_and_leaves_a_resumable_state(
     hub, root, monkeypatch, fault, reason, words
 ):
-    monkeypatch.setattr(download, "RETRIES", 2 if reason else 30)
-    monkeypatch.setattr(download, "BACKOFF", 0.0)
+    monkeypatch.setattr(job, "RETRIES", 2 if reason else 30)
+    monkeypatch.setattr(job, "BACKOFF", 0.0)
     hub.faults = {MODEL: [fault]}
     if reason is None:
         download.download("Lance_3B", root, endpoint=hub.url)
@@ -224,7 +226,7 @@ def test_the_pinned_hashes_bind_a_mirror(hub, root, monkeypatch):
     with pytest.raises(DownloadError, match="not the released one") as caught:
         download.download("Lance_3B", root, endpoint=hub.url)
     assert caught.value.reason == "mismatch" and not there(root)
-    monkeypatch.setattr(download, "SHA256", {p: digest(p, hub.files[p]) for p in download.SHA256})
+    monkeypatch.setattr(released, "SHA256", {p: digest(p, hub.files[p]) for p in released.SHA256})
     assert download.download("Lance_3B", root, endpoint=hub.url)["commit"] == download.REVISION
     assert hub.api_requests == [download.REVISION] * 2
 
@@ -284,8 +286,8 @@ def test_a_damaged_record_only_costs_a_check(hub, root, text):
 
 def test_a_full_disk_is_said_before_anything_is_fetched(hub, root, monkeypatch):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(download.shutil, "disk_usage", lambda _: usage(10**9, 10**9, 10**5))
-    monkeypatch.setattr(download, "MARGIN", 10**9)
+    monkeypatch.setattr(job.shutil, "disk_usage", lambda _: usage(10**9, 10**9, 10**5))
+    monkeypatch.setattr(job, "MARGIN", 10**9)
     with pytest.raises(
         DownloadError, match=r"needs 0\.0 GB and 1\.0 GB to spare but has 0\.0 GB free: free 1\.0 GB"
     ) as caught:
@@ -294,17 +296,17 @@ def test_a_full_disk_is_said_before_anything_is_fetched(hub, root, monkeypatch):
 
 
 def test_a_disk_that_fills_up_is_said_and_the_part_stays(hub, root, monkeypatch):
-    write = http.Part.write
+    write = http.PartFile.write
 
     def full(self, piece):
         if self.size > 100_000:
             raise OSError(28, "No space left on device")
         write(self, piece)
 
-    monkeypatch.setattr(http.Part, "write", full)
+    monkeypatch.setattr(http.PartFile, "write", full)
     with pytest.raises(DownloadError, match="is full"):
         download.download("Lance_3B", root, endpoint=hub.url)
-    monkeypatch.setattr(http.Part, "write", write)
+    monkeypatch.setattr(http.PartFile, "write", write)
     hub.requests.clear()
     download.download("Lance_3B", root, endpoint=hub.url)
     assert [(p, s > 100_000) for p, s, _ in hub.requests] == [(MODEL, True)]
@@ -398,7 +400,7 @@ def test_an_interrupt_takes_effect_at_once_though_the_server_stalls(hub, root, m
     hub.requests.clear()
     download.download("Lance_3B", root, endpoint=hub.url)
     [(path, start, _)] = hub.requests
-    assert path == MODEL and -http.CHUNK < start - len(hub.files[MODEL]) // 2 <= 0
+    assert path == MODEL and -watch.CHUNK < start - len(hub.files[MODEL]) // 2 <= 0
     assert_complete(hub, root)
 
 

@@ -1,11 +1,10 @@
-"""The measuring scripts: their accounting against arithmetic and torch's own profiler, their files against
-the loader.
+"""Memory, loading and quality: the accounting against arithmetic and torch's own profiler, the sparse files
+against the loader, drift against the number of bits.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,26 +12,23 @@ import pytest
 import torch
 from torch import nn
 
-from lance_core.bench.device import materialise
+from lance_core.bench import loading, memory, quality, report
+from lance_core.bench.accounting import Accountant
+from lance_core.bench.device import CPU, materialise
 from lance_core.checkpoint import tiny
 from lance_core.checkpoint.checkpoint import Checkpoint
 from lance_core.checkpoint.quantize import FORMATS, quantisable
 from lance_core.config import LanceConfig
-from lance_core.model.dual_expert import DualExpert, Generation, Plan, Row, Understanding
+from lance_core.model.dual_expert import DualExpert
+from lance_core.model.experts import Generation, Understanding
+from lance_core.model.plan import Plan, Row
 from lance_core.model.sequence import Branch
 from lance_core.vae.wan import WanVAE
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
-
-import measure_loading
-import measure_memory
-import measure_quality
-from accounting import Accountant
-
 TINY = LanceConfig(replace(tiny.LLM, hidden_size=64, intermediate_size=128), tiny.VIT, tiny.VAE, "video")
-REQUEST = measure_memory.Request("t2v", "t2v", 64, 64, 5)
-EDIT = measure_memory.Request("edit", "edit", 64, 64, 5)
-QUESTION = measure_memory.Request("vqa", "vqa", 64, 64)
+REQUEST = memory.Request("t2v", "t2v", 64, 64, 5)
+EDIT = memory.Request("edit", "edit", 64, 64, 5)
+QUESTION = memory.Request("vqa", "vqa", 64, 64)
 
 
 # -- memory --------------------------------------------------------------------------------------------------
@@ -66,11 +62,10 @@ def test_peak_agrees_with_torchs_profiler():
     """
     config = replace(TINY.llm, num_layers=2)
     parts = [
-        materialise(cls(config, device="meta"), torch.device("cpu"), torch.float32)
-        for cls in (Understanding, Generation)
+        materialise(cls(config, device="meta"), CPU, torch.float32) for cls in (Understanding, Generation)
     ]
     model = DualExpert(config, *parts)
-    case = measure_memory.case_of(measure_memory.Request("t2i", "t2v", 512, 512), TINY)
+    case = memory.Request("t2i", "t2v", 512, 512).case(TINY)
     sequence = case.sequence(TINY)
     prepared = model.prefill(Plan.of(sequence, 2, guided=True))
     rows = [Row(prepared, b) for b in Branch]
@@ -94,7 +89,7 @@ def test_peak_agrees_with_torchs_profiler():
 
 @pytest.mark.parametrize("request_", [REQUEST, EDIT, QUESTION], ids=lambda r: r.name)
 def test_meta_and_cpu_count_the_same(request_):
-    meta, real = (measure_memory.measure(request_, TINY, device) for device in ("meta", "cpu"))
+    meta, real = (memory.measure(request_, TINY, device) for device in ("meta", "cpu"))
     assert meta.peaks.keys() == real.peaks.keys()
     for stage, size in real.peaks.items():
         # The meta device adds workspaces and spells out the prompt's masked attention; the CPU has the pass's
@@ -104,13 +99,9 @@ def test_meta_and_cpu_count_the_same(request_):
 
 def test_placement_counts_weights():
     peaks = {
-        place: measure_memory.measure(REQUEST, TINY, place=place).peaks["step, 1 row"]
-        for place in measure_memory.PLACES
+        place: memory.measure(REQUEST, TINY, place=place).peaks["step, 1 row"] for place in memory.PLACES
     }
-    sizes = {
-        p: sum(t.nbytes for t in measure_memory.build(p, TINY, "bf16", "meta").parameters())
-        for p in ("und", "gen")
-    }
+    sizes = {part: memory.size_of(part, TINY) for part in ("und", "gen")}
     assert peaks["whole"] - peaks["lean"] == pytest.approx(sizes["und"], rel=0.2)
     assert peaks["lean"] - peaks["streamed"] == pytest.approx(sizes["gen"], rel=0.2)
 
@@ -118,8 +109,7 @@ def test_placement_counts_weights():
 @pytest.mark.parametrize("name", FORMATS)
 def test_formats_weigh_what_they_should(name):
     plain, small = (
-        dict(measure_memory.build("gen", TINY, w, "meta", joined=False).named_parameters())
-        for w in ("bf16", name)
+        dict(memory.build("gen", TINY, w, "meta", joined=False).named_parameters()) for w in ("bf16", name)
     )
     matrices = [
         p for n, p in plain.items() if quantisable(n, TINY.llm.num_layers) and FORMATS[name].fits(*p.shape)
@@ -134,24 +124,24 @@ def test_formats_weigh_what_they_should(name):
 
 
 def test_memory_tables():
-    peaks = measure_memory.measure(REQUEST, TINY).peaks
-    found = {("t2v", w, p): peaks for w in measure_memory.WEIGHTS for p in measure_memory.PLACES}
-    text = (
-        measure_memory.summary(found, ["t2v"], "whole", True)
-        + measure_memory.stages(found, ["t2v"])
-        + measure_memory.weights_table(TINY)
-    )
-    assert "| t2v | 0.0 (4 GB)" in text and "VAE decode, tiles" in text
-    assert len({line.count("|") for line in measure_memory.stages(found, ["t2v"]).splitlines()}) == 1
-    assert measure_memory.card(15 * 10**9) == "16 GB" and measure_memory.card(10**12) == "over 80 GB"
+    peaks = memory.measure(REQUEST, TINY).peaks
+    found = {("t2v", w, p): peaks for w in memory.WEIGHTS for p in memory.PLACES}
+    results = [{"request": r, "weights": w, "place": p, "peaks": of} for (r, w, p), of in found.items()]
+    sizes = {w: {part: memory.size_of(part, TINY, w) for part in memory.PARTS} for w in memory.WEIGHTS}
+    told = {"torch": "2", "device": "meta", "weights": sizes, "results": results, "largest": {}}
+    text = report.markdown(memory.document(told))
+    assert "| t2v | 0.0 (4 GB)" in text and "VAE decode, tiles" in text and "Goals" not in text
+    stages = memory.by_stage(found, ["t2v"]).markdown()
+    assert len({line.count("|") for line in stages.splitlines()}) == 1
+    assert memory.card(15 * 10**9) == "16 GB" and memory.card(10**12) == "over 80 GB"
 
 
 # -- loading -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", measure_loading.CASES, ids=lambda c: c.name)
+@pytest.mark.parametrize("case", loading.CASES, ids=lambda c: c.name)
 def test_sparse_checkpoints_are_accepted(case, tmp_path):
-    path = measure_loading.write_case(tmp_path / case.name, case, TINY)
+    path = loading.write_case(tmp_path / case.name, case, TINY)
     checkpoint = Checkpoint(path)
     assert checkpoint.config.llm.intermediate_size == 128
     assert checkpoint.config.variant == ("image" if case.name == "image" else "video")
@@ -162,16 +152,25 @@ def test_sparse_checkpoints_are_accepted(case, tmp_path):
 
 def test_sparse_files_take_no_disk(tmp_path):
     path = tmp_path / "big.safetensors"
-    size = measure_loading.write_sparse(path, {"x": (torch.float32, (1 << 16, 1 << 12))}, {"a": "b"})
+    size = loading.write_sparse(path, {"x": (torch.float32, (1 << 16, 1 << 12))}, {"a": "b"})
     assert path.stat().st_size == size > 1 << 30
     assert path.stat().st_blocks * 512 < 1 << 20
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 def test_loading_is_measured_in_a_process_of_its_own(tmp_path):
-    result = measure_loading.measure(measure_loading.CASES[0], TINY, ["und", "gen"], 1, tmp_path)
+    result = loading.measure(loading.CASES[0], TINY, ["und", "gen"], 1, tmp_path)
     assert result["result"] * 2 == result["read"] and 0 < result["before"] <= result["peak"]
-    assert "released, fp32, image" in measure_loading.report([result])
+    told = {
+        "layers": 3,
+        "of_layers": 36,
+        "parts": ["und", "gen"],
+        "repeat": 1,
+        "torch": "2",
+        "results": [result],
+    }
+    text = report.text(loading.document(told))
+    assert "released, fp32, image" in text and "3 layers instead of 36" in text
 
 
 # -- quality -------------------------------------------------------------------------------------------------
@@ -181,16 +180,14 @@ def test_loading_is_measured_in_a_process_of_its_own(tmp_path):
 def drifts():
     llm = replace(TINY.llm, num_layers=4)
     config = replace(TINY, llm=llm)
-    parts = [
-        measure_quality.random_expert(cls, config, i) for i, cls in enumerate((Understanding, Generation))
-    ]
-    vae = materialise(WanVAE(tiny.VAE, device="meta"), torch.device("cpu"), torch.float32)
-    return measure_quality.measure(measure_quality.Subject(*parts, config), vae, cells=4, steps=2)
+    parts = [quality.random_expert(cls, config, i) for i, cls in enumerate((Understanding, Generation))]
+    vae = materialise(WanVAE(tiny.VAE, device="meta"), CPU, torch.float32)
+    return quality.measure(quality.Subject(*parts, config), vae, cells=4, steps=2)
 
 
 def test_drift_grows_as_bits_shrink(drifts):
     by = {one["variant"]: one["drift"]["float32"] for one in drifts}
-    for what in measure_quality.MEASURES:
+    for what in quality.MEASURES:
         assert 0 < by["bf16 weights"][what] < by["int8"][what] < min(by["int4"][what], by["nvfp4"][what])
         assert by["bf16 weights"][what] < by["fp8"][what] < min(by["int4"][what], by["nvfp4"][what])
     assert by["understanding bf16, generation int4"]["answer logits"] == by["bf16 weights"]["answer logits"]
@@ -199,24 +196,22 @@ def test_drift_grows_as_bits_shrink(drifts):
 
 
 def test_quality_tables(drifts):
-    text = measure_quality.report(drifts, "bf16")
-    assert len({line.count("|") for line in text.splitlines()}) == 1 and len(text.splitlines()) == 2 + len(
-        drifts
-    )
-    assert measure_quality.decide(drifts).count("\n") == len(FORMATS) - 1
+    lines = quality.drifts(drifts, "bf16").markdown().splitlines()
+    assert len({line.count("|") for line in lines}) == 1 and len(lines) == 2 + len(drifts)
+    assert len(quality.decide(drifts)) == len(FORMATS)
     json.dumps(drifts)
 
 
 def test_a_checkpoint_is_measured_as_it_would_be_converted(golden):
-    subject, vae = measure_quality.stored(golden / "checkpoint" / "Lance_3B")
+    subject, vae = quality.stored(golden / "checkpoint" / "Lance_3B")
     assert {n for n in subject.original["gen"] if quantisable(n)} == {
         n for n in Checkpoint(golden / "checkpoint" / "Lance_3B").parts["gen"].tensors if quantisable(n)
     }, "each matrix on its own, as convert takes them"
-    found = measure_quality.measure(subject, None, cells=4, steps=1, variants=measure_quality.VARIANTS[:1])
-    assert set(found[0]["drift"]["float32"]) == {*measure_quality.MEASURES} - {"pixels"}
-    assert "pixels" not in measure_quality.report(found, "float32") and isinstance(vae, WanVAE)
+    found = quality.measure(subject, None, cells=4, steps=1, variants=quality.VARIANTS[:1])
+    assert set(found[0]["drift"]["float32"]) == {*quality.MEASURES} - {"pixels"}
+    assert "pixels" not in quality.drifts(found, "float32").text() and isinstance(vae, WanVAE)
 
 
 def test_bf16_decoding_is_close():
-    vae = materialise(WanVAE(tiny.VAE, device="meta"), torch.device("cpu"), torch.float32)
-    assert 0 < measure_quality.vae_drift(vae, 8)["drift"] < 0.1
+    vae = materialise(WanVAE(tiny.VAE, device="meta"), CPU, torch.float32)
+    assert 0 < quality.vae_drift(vae, 8)["drift"] < 0.1

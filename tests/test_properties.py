@@ -450,8 +450,8 @@ def test_cancelling_leaves_nothing_behind(write_checkpoint, tmp_path):
     for stage in (
         "loading vae",
         "loading und",
-        "ViT encoding",
-        "VAE encoding",
+        "encoding the picture",
+        "encoding",
         "denoising",
         "decoding",
         "writing",
@@ -481,8 +481,8 @@ def test_progress_reports_every_stage_to_its_end(write_checkpoint, tmp_path):
         "image_edit", "a fox", image=picture(20, 20), resolution="image_256res", steps=2, batch_size=2
     )
     assert set(last) >= {f"loading {p}" for p in ("und", "gen", "vit", "vae")} | {
-        "ViT encoding",
-        "VAE encoding",
+        "encoding the picture",
+        "encoding",
         "denoising",
         "decoding",
     }

@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 import lance_core
-from lance_core import RequestError, __main__
+from lance_core import RequestError
+from lance_core.cli.main import main as command_line
 from lance_core.model import dual_expert
 from lance_core.model.sequence import Branch, Kind, Role, Sequence, TargetSegment, TextSegment, VisualSegment
 from lance_core.model.side_stream import SideStream
@@ -155,7 +156,7 @@ def test_a_device_without_streams_is_told_so(golden, capsys):
     with pytest.raises(RequestError, match="the device is cpu; leave it off"):
         lance_core.load(folder, overlap=True)
     for command in (["t2i", "a fox", "-m", str(folder)], ["bench"]):
-        assert __main__.main([*command, "--device", "cpu", "--overlap"]) == 2
+        assert command_line([*command, "--device", "cpu", "--overlap"]) == 2
         assert "overlap runs on two streams of a CUDA device" in capsys.readouterr().err
 
 

@@ -19,6 +19,8 @@ FILES = sorted(CORE.rglob("*.py"))
 # it).
 LAYERS = [
     {"errors"},
+    {"files", "checks"},
+    {"stored_values"},
     {"config"},
     {"hub", "model"},
     {"vae", "inputs"},

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lance_core import CheckpointError
+from lance_core import CheckpointError, RequestError
 from lance_core.inputs import prompts
 from lance_core.inputs.tokenizer import SPECIALS, Tokenizer
 from lance_core.model.sequence import Kind, Role, VisualSegment
@@ -195,3 +195,157 @@ def test_templates(tokenizer):
     assert tokenizer.decode(drawn.token_ids()) == f"{start}{end}<|vision_start|><|video_pad|><|vision_end|>"
     asked = prompts.question(tokenizer, "be brief", [visual], "why?")
     assert tokenizer.decode(asked.token_ids()) == start + end and asked.target is None
+
+
+# -- files from strangers ------------------------------------------------------------------------------------
+
+
+def definition_of(folder) -> dict:
+    return json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+
+
+SPLIT = {"type": "Split", "behavior": "Isolated", "invert": False}
+LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+EMPTY_REPLACE = {"type": "Replace", "pattern": {"Regex": ""}, "content": "a"}
+
+
+def merged(**changes):
+    return lambda d: d.update(changes)
+
+
+def in_model(**changes):
+    return lambda d: d["model"].update(changes)
+
+
+def special(at: int, **changes):
+    return lambda d: d["added_tokens"][at].update(changes)
+
+
+OTHERS = {
+    "a split without end": merged(pre_tokenizer=SPLIT | {"pattern": {"Regex": "(a+)+(a+)+(a+)+$"}}),
+    "the split inverted": merged(
+        pre_tokenizer={"type": "Sequence", "pretokenizers": [SPLIT | {"pattern": {"Regex": "x"}}, LEVEL]}
+    ),
+    "a prefix space": merged(pre_tokenizer=LEVEL | {"add_prefix_space": True}),
+    "GPT-2's split": merged(pre_tokenizer=LEVEL | {"use_regex": True}),
+    "whitespace": merged(pre_tokenizer={"type": "Whitespace"}),
+    "Replace with nothing": merged(normalizer=EMPTY_REPLACE),
+    "Replace beside NFC": merged(
+        normalizer={"type": "Sequence", "normalizers": [{"type": "NFC"}, EMPTY_REPLACE]}
+    ),
+    "a charsmap": merged(normalizer={"type": "Precompiled", "precompiled_charsmap": "////////"}),
+    "lower case": merged(normalizer={"type": "Lowercase"}),
+    "another model": in_model(type="Unigram"),
+    "a prefix of subwords": in_model(continuing_subword_prefix="##"),
+    "no vocabulary": in_model(vocab={}),
+    "a list as vocabulary": in_model(vocab=["a"]),
+    "bytes missing": lambda d: d["model"]["vocab"].pop("a"),
+    "two tokens of one id": lambda d: d["model"]["vocab"].update(a=d["model"]["vocab"]["b"]),
+    "a negative id": lambda d: d["model"]["vocab"].update(a=-1),
+    "an id of words": lambda d: d["model"]["vocab"].update(a="7"),
+    "an id that is true": lambda d: d["model"]["vocab"].update(a=True),
+    "an enormous id": lambda d: d["model"]["vocab"].update(a=10**30),
+    "a merge of three": in_model(merges=["a b c"]),
+    "a merge of numbers": in_model(merges=[[1, 2]]),
+    "a merge of no token": in_model(merges=["a nosuchtoken"]),
+    "a merge into no token": in_model(merges=["q x"]),
+    "merges that are none": in_model(merges={"a": "b"}),
+    "a special token's id twice": special(0, id=385),
+    "a special token twice": special(0, content="<|im_start|>"),
+    "a special token on a letter": special(0, id=3),
+    "a special token of no id": special(0, id=None),
+    "a special token of id 1.5": special(0, id=1.5),
+    "a special token without text": special(0, content=""),
+}
+
+
+@pytest.mark.parametrize("change", OTHERS.values(), ids=list(OTHERS))
+def test_other_tokenisers_are_refused_before_the_library_sees_them(folder, change, monkeypatch):
+    definition = definition_of(folder)
+    change(definition)
+    monkeypatch.setattr("lance_core.inputs.tokenizer._Tokenizer", None)
+    with pytest.raises(CheckpointError, match="here does not define a tokeniser Lance can use") as caught:
+        Tokenizer(definition, "here")
+    assert len(str(caught.value)) < 500
+
+
+SETTINGS = {
+    "truncation": {"direction": "Right", "max_length": 5, "strategy": "LongestFirst", "stride": 0},
+    "padding": {
+        "strategy": {"Fixed": 300_000_000}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+        "pad_type_id": 0, "pad_token": "!",
+    },
+    "post_processor": {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "x", "type_id": 0}}]},
+    "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_left_in_a_tokenizer_file_are_not_obeyed(folder, tokenizer, name):
+    changed = Tokenizer(definition_of(folder) | {name: SETTINGS[name]}, "here")
+    for text in TEXTS:
+        assert changed.encode(text) == tokenizer.encode(text)
+        assert changed.decode(tokenizer.encode(text)) == tokenizer.decode(tokenizer.encode(text))
+    assert changed.definition == tokenizer.definition
+
+
+@pytest.mark.parametrize("change", [{"dropout": 0.9}, {"unk_token": "a"}, {"ignore_merges": True}])
+def test_settings_of_the_model_are_not_obeyed(folder, tokenizer, change):
+    definition = definition_of(folder)
+    definition["model"] |= change
+    changed = Tokenizer(definition, "here")
+    assert [changed.encode(t) for t in TEXTS] == [tokenizer.encode(t) for t in TEXTS]
+
+
+def test_a_panic_of_the_library_is_a_checkpoint_error(tokenizer, monkeypatch):
+    class PanicException(BaseException):
+        """As pyo3_runtime's, which is no Exception."""
+
+    def panic(*_):
+        raise PanicException("called `Result::unwrap()` on an `Err` value")
+
+    class Panicking:
+        encode = decode = staticmethod(panic)
+
+    monkeypatch.setattr(tokenizer, "_tokenizer", Panicking())
+    with pytest.raises(CheckpointError, match="panic: called"):
+        tokenizer.encode("a")
+    with pytest.raises(CheckpointError, match="panic: called"):
+        tokenizer.decode([1])
+
+
+def test_interrupts_pass_through(tokenizer, monkeypatch):
+    class Interrupted:
+        @staticmethod
+        def encode(*_):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(tokenizer, "_tokenizer", Interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        tokenizer.encode("a")
+
+
+@pytest.mark.parametrize("text", ["a photo \ud83d", "\udcff", "x" * 1000 + "\udfff y"])
+def test_half_a_surrogate_pair_is_a_sentence(tokenizer, text):
+    with pytest.raises(RequestError, match=r"character \d+ is U\+D") as caught:
+        prompts.generation(tokenizer, "s", [], text, (1, 1, 1))
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("build", [prompts.question, lambda *a: prompts.generation(*a, (1, 1, 1))])
+def test_texts_of_more_than_32768_tokens_are_refused(tokenizer, build):
+    frame = len(build(tokenizer, "", [], "").token_ids()) - (3 if build is not prompts.question else 0)
+    word = tokenizer.encode("x")
+    assert len(word) == 1
+    fits = prompts.MAX_TEXT_TOKENS - frame
+    half = ("1" * (fits // 2), "1" * (fits - fits // 2))
+    assert build(tokenizer, half[0], [], half[1])
+    with pytest.raises(RequestError, match=r"have 32,769 tokens together, at most 32,768.*by 1 tokens"):
+        build(tokenizer, half[0], [], half[1] + "1")
+    with pytest.raises(RequestError, match=r"2,000,000 characters"):
+        build(tokenizer, "", [], "x" * 2_000_000)
+
+
+def test_pictures_do_not_count_as_text(tokenizer):
+    visual = VisualSegment(Kind.CLEAN, Role.SOURCE, (31, 30, 53), torch.empty(31, 30, 53, 48))
+    assert prompts.generation(tokenizer, "s", [visual], "c", (31, 30, 53)).context

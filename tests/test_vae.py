@@ -17,7 +17,6 @@ from lance_core.config import RELEASED_VAE, VAEConfig, vae_config
 from lance_core.errors import CheckpointError, RequestError
 from lance_core.inputs.media import load_image, read_clip
 from lance_core.inputs.preprocess import vae_frames
-from lance_core.vae import wan as vae_module
 from lance_core.vae.wan import WanVAE, _spans, denormalize_latent, normalize_latent
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -237,13 +236,13 @@ def test_calls_may_interleave(vae):
 
 
 def exhaust_once(monkeypatch, owner, name: str, at_call: int) -> None:
-    """Make a method run out of memory on one call, and check on the next that nothing of that pass is left."""
+    """Make a method run out of memory on one call, and check on the next that nothing of it is left."""
     real, calls, made = getattr(owner, name), [], []
 
     def method(x, stream):
         calls.append(None)
         if len(calls) == at_call:
-            raise vae_module.OUT_OF_MEMORY("no memory left")
+            raise torch.OutOfMemoryError("no memory left")
         if len(calls) > at_call:
             assert not any(ref() is not None for ref in made), "the failed pass still holds memory"
             made.clear()
@@ -277,11 +276,11 @@ def test_encode_out_of_memory_falls_back_to_tiles(vae, monkeypatch, caplog):
 
 def test_out_of_memory_in_tiles_is_raised(vae, monkeypatch):
     def exhausted(x, stream):
-        raise vae_module.OUT_OF_MEMORY("no memory left")
+        raise torch.OutOfMemoryError("no memory left")
 
     monkeypatch.setattr(vae.decoder, "expand", exhausted)
     for shape, tile in (((1, 48, 1, 24, 24), None), ((1, 48, 1, 24, 24), 8), ((1, 48, 1, 4, 4), None)):
-        with pytest.raises(vae_module.OUT_OF_MEMORY):
+        with pytest.raises(torch.OutOfMemoryError):
             vae.decode(noise(*shape), tile=tile)
 
 

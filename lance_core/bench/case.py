@@ -1,6 +1,4 @@
-"""What the benchmark asks of the model: sizes, and sequences of random tokens, pictures and latents of those
-sizes.
-"""
+"""What the benchmark asks of the model: sizes, and sequences of random tokens, pictures and latents."""
 
 from __future__ import annotations
 
@@ -9,16 +7,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..config import CELL, LATENT_CHANNELS, LanceConfig
+from .. import checks
+from ..config import (
+    LATENT_CHANNELS,
+    RELEASED_LLM,
+    RELEASED_VAE,
+    RELEASED_VIT,
+    LanceConfig,
+    VAEConfig,
+    ViTConfig,
+    latent_grid,
+)
 from ..errors import RequestError
 from ..inputs import tasks
-from ..model.sequence import Kind, Role, Sequence, TargetSegment, TextSegment, VisualSegment
+from ..model.sequence import Kind, Role, Segment, Sequence, TargetSegment, TextSegment, VisualSegment
 
+RELEASED = LanceConfig(RELEASED_LLM, RELEASED_VIT, RELEASED_VAE, "video")
 OPENING, CLOSING = 40, 6  # tokens of a prompt's template before the caption and after it, about
-SEEN_SIDE = {
-    False: 7 / 8,
-    True: 0.9625,
-}  # side of what the ViT sees to what the VAE sees, of an image and of a video preset
+# Side of what the ViT sees to what the VAE sees, of an image's and of a video's preset.
+SEEN_SIDE = {False: 7 / 8, True: 0.9625}
 
 
 @dataclass(frozen=True)
@@ -44,13 +51,22 @@ class Case:
         """Latent tokens of one result."""
         return self.grid[0] * self.grid[1] * self.grid[2]
 
+    def input_shape(self, name: str, config: LanceConfig) -> tuple[int, ...]:
+        """Of what "vit", "encode" or "decode" takes: patches, pixels or a latent."""
+        if name == "encode":
+            return (1, 3, self.frames, self.height, self.width)
+        if name == "decode":
+            return (1, LATENT_CHANNELS, *self.grid)
+        vit, (t, h, w) = vit_of(config), self.seen
+        return (t * h * w, vit.in_channels * vit.temporal_patch_size * vit.patch_size**2)
+
     def sequence(self, config: LanceConfig) -> Sequence:
         """A generation request, an edit's if so asked."""
         visual: list[VisualSegment] = []
         if self.edit:
             clean = VisualSegment(Kind.CLEAN, Role.SOURCE, self.grid, noise(*self.grid, LATENT_CHANNELS))
             visual = [self._seen(config, Role.SOURCE), clean]
-        context = (
+        context: tuple[Segment, ...] = (
             _text(config, OPENING),
             *visual,
             _text(config, self.context, Role.CAPTION),
@@ -95,14 +111,36 @@ def case_of(
         raise RequestError(f"size {size!r} is not WIDTHxHEIGHT in pixels, such as 768x768")
     width, height = tasks.check_size(*map(int, sides))
     frames = tasks.resolve_frames(frames)
-    tasks.check_count("batch", batch, 1, 64)
-    tasks.check_count("context", context, 1, 1 << 20)
+    checks.whole("batch", batch, 1, 64)
+    checks.whole("context", context, 1, 1 << 20)
     patch, merge = (config.vit.patch_size, config.vit.spatial_merge_size) if config.vit else (14, 2)
     unit = patch * merge
     h, w = (max(1, int(side * SEEN_SIDE[frames > 1]) // unit) * merge for side in (height, width))
     pairs = -(-frames // (config.vit.temporal_patch_size if config.vit else 2))
-    grid = (1 + (frames - 1) // 4, height // CELL, width // CELL)
+    grid = latent_grid(width, height, frames)
     return Case(width, height, frames, batch, guidance, edit, context, grid, (pairs, h, w))
+
+
+def vit_of(config: LanceConfig) -> ViTConfig:
+    """The vision tower's sizes.
+
+    Raises:
+        RequestError: the checkpoint has none.
+    """
+    if config.vit is None:
+        raise RequestError("the checkpoint has no vision tower, whose sizes this measures")
+    return config.vit
+
+
+def vae_of(config: LanceConfig) -> VAEConfig:
+    """The VAE's sizes.
+
+    Raises:
+        RequestError: the checkpoint has none.
+    """
+    if config.vae is None:
+        raise RequestError("the checkpoint has no VAE, whose sizes this measures")
+    return config.vae
 
 
 def noise(*shape: int) -> Tensor:

@@ -3,7 +3,7 @@ alone.
 
 Multiplications and additions count one each. Only matrix products, convolutions and attention are counted;
 attention is a rectangle of queries by keys, causal or not. Bytes are each weight and each cached key and
-value once: what a pass must read however well it is written. Nothing is measured here; bench.py sets times
+value once: what a pass must read however well it is written. Nothing is measured here; measure.py sets times
 against these numbers.
 """
 
@@ -16,7 +16,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..config import LATENT_CHANNELS, TIME_FREQUENCIES, LLMConfig, VAEConfig, ViTConfig
-from ..model.dual_expert import Plan
+from ..model.plan import Plan
 from ..model.sequence import MARKERS, is_clean, merge_text
 from ..model.vit import window_classes
 from ..vae.wan import WanVAE

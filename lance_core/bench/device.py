@@ -1,27 +1,36 @@
 """Measuring on any torch device: medians, peak memory, matmul and copy rates, random weights in place.
 
-Knows nothing of what is measured; bench.py does.
+Knows nothing of what is measured.
 """
 
 from __future__ import annotations
 
 import copy
 import gc
+import json
 import os
 import platform
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ..checkpoint.checkpoint import Progress
 from ..errors import RequestError
 from ..model.dual_expert import DualExpert
+from ..model.experts import Generation, Understanding
 
+T = TypeVar("T")
+M = TypeVar("M", bound=nn.Module)
+E = TypeVar("E", Understanding, Generation)
+CPU = torch.device("cpu")
 MATMUL_SIDE = {"cpu": 2048}
 COPY_BYTES = {"cpu": 1 << 28}
 ACCELERATOR_SIDE, ACCELERATOR_BYTES = 8192, 1 << 30
@@ -62,9 +71,10 @@ class Others:
 
     def cores(self) -> float | None:
         """Cores' worth, on average; None where the system does not say."""
-        if self.began is None:
+        ended = self._read()
+        if self.began is None or ended is None:
             return None
-        busy, own, wall = (now - then for now, then in zip(self._read(), self.began, strict=True))
+        busy, own, wall = (now - then for now, then in zip(ended, self.began, strict=True))
         return max(busy - own, 0.0) / wall
 
     @staticmethod
@@ -105,6 +115,14 @@ def _processor() -> str:
     )
 
 
+def watched(things: Mapping[str, T], progress: Progress | None) -> Iterator[T]:
+    """Each thing in turn, by its name in the progress told."""
+    for done, (name, thing) in enumerate(things.items()):
+        if progress is not None:
+            progress(name, done, len(things))
+        yield thing
+
+
 # -- memory --------------------------------------------------------------------------------------------------
 
 
@@ -125,54 +143,85 @@ def free_memory(device: torch.device) -> float:
     """Bytes that can still be had on the device; infinity where nobody says."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    free: float = _field("/proc/meminfo", "MemAvailable") or float("inf")
+    there: float = _field("/proc/meminfo", "MemAvailable") or float("inf")
     limit, used = (_read(f"/sys/fs/cgroup/memory.{name}").strip() for name in ("max", "current"))
-    return min(free, int(limit) - int(used)) if limit.isdecimal() and used.isdecimal() else free
+    return min(there, int(limit) - int(used)) if limit.isdecimal() and used.isdecimal() else there
 
 
 class Peak:
-    """Most memory in use: what CUDA allocated, or on the CPU the process's resident memory (None where the
-    system cannot say).
+    """Most memory in use since `reset`, or since the process began: what CUDA allocated, or on the CPU the
+    process's resident memory. None where the system cannot say.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
+        self.device, self.counts = device, device.type == "cpu"
 
     def now(self) -> int | None:
+        """Bytes in use."""
         if self.device.type == "cuda":
             return torch.cuda.memory_allocated(self.device)
         return _field("/proc/self/status", "VmRSS") if self.device.type == "cpu" else None
 
     def reset(self) -> None:
+        """Forget the peak, not what is in use."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-            return
-        try:
-            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM (man 5 proc)
-            self.counts = self.device.type == "cpu"
-        except OSError:
-            self.counts = False
+        elif self.counts:
+            try:
+                Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM (man 5 proc)
+            except OSError:
+                self.counts = False
 
     def read(self) -> int | None:
+        """The peak in bytes."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         return _field("/proc/self/status", "VmHWM") if self.counts else None
 
 
+def free(device: torch.device) -> None:
+    """Give back what nothing refers to any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 # -- time ----------------------------------------------------------------------------------------------------
+
+
+class Stopwatch:
+    """Seconds by the clock, the device's work included."""
+
+    def __init__(self, device: torch.device = CPU) -> None:
+        self.device = device
+        self.lap()
+
+    def lap(self) -> float:
+        """Seconds since the last lap, or since this was made."""
+        synchronize(self.device)
+        now = time.perf_counter()
+        took, self.began = now - getattr(self, "began", now), now
+        return took
+
+
+def timed(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call."""
+    watch = Stopwatch(device)
+    call()
+    return watch.lap()
 
 
 class Meter:
     """Medians of several versions of one thing, timed in turns so that a busy machine is unfair to none.
 
     chunk: how many steps or tokens to run per call, so that waiting for an accelerator does not count. calls:
-    in all.
-    budget: seconds after which, from the second turn on, no further turn is begun; None: `repeat` turns
-    however long.
+    in all. budget: seconds after which, from the second turn on, no further turn is begun; None: `repeat`
+    turns however long.
     """
 
     def __init__(self, device: torch.device, repeat: int, budget: float | None = None) -> None:
-        self.device, self.repeat, self.budget = device, repeat, budget
+        self.device, self.repeat = device, repeat
+        self.budget = float("inf") if budget is None else budget
         self.warmup, self.chunk = (1, 1) if device.type == "cpu" else (2, 4)
         self.calls = self.warmup + repeat
 
@@ -186,7 +235,8 @@ class Meter:
         above what was there before its setup. The first, which nothing else has been set up beside, also says
         `peak_bytes`, weights included.
         """
-        calls, found = {}, {}
+        calls: dict[str, Callable[[], object]] = {}
+        found: dict[str, dict[str, Any]] = {}
         for name, setup in setups.items():
             gc.collect()
             memory = Peak(self.device)
@@ -194,11 +244,10 @@ class Meter:
             calls[name] = setup()
             synchronize(self.device)
             memory.reset()
-            began = time.perf_counter()
+            spent = 0.0
             for _ in range(self.warmup):
-                calls[name]()
-                synchronize(self.device)
-                if self.budget is not None and time.perf_counter() - began > self.budget / 4:
+                spent += timed(calls[name], self.device)
+                if spent > self.budget / 4:
                     break
             most = memory.read()
             found[name] = {"working_bytes": None if most is None or before is None else max(most - before, 0)}
@@ -207,7 +256,7 @@ class Meter:
         times: dict[str, list[float]] = {name: [] for name in calls}
         began = time.perf_counter()
         for turn in range(self.repeat):
-            if self.budget is not None and turn > 1 and time.perf_counter() - began > self.budget:
+            if turn > 1 and time.perf_counter() - began > self.budget:
                 break
             for name, call in calls.items():
                 times[name].append(timed(call, self.device) / per)
@@ -215,15 +264,6 @@ class Meter:
             n: {"seconds": median(t), "fastest": min(t), "slowest": max(t), "runs": len(t)} | found[n]
             for n, t in times.items()
         }
-
-
-def timed(call: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call, its work on the device included."""
-    synchronize(device)
-    began = time.perf_counter()
-    call()
-    synchronize(device)
-    return time.perf_counter() - began
 
 
 def rates(device: torch.device, dtype: torch.dtype, repeat: int = 20) -> dict[str, dict[str, float]]:
@@ -254,32 +294,40 @@ def rates(device: torch.device, dtype: torch.dtype, repeat: int = 20) -> dict[st
 # -- models --------------------------------------------------------------------------------------------------
 
 
-def materialise(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def fill(module: M, make: Callable[[nn.Module, str, nn.Parameter], Tensor]) -> M:
+    """A module with every parameter replaced by what `make` (its owner, its name there, itself) returns."""
+    for owner in module.modules():
+        for name, parameter in list(owner.named_parameters(recurse=False)):
+            setattr(owner, name, nn.Parameter(make(owner, name, parameter), requires_grad=False))
+    return module.eval()
+
+
+def materialise(module: M, device: torch.device, dtype: torch.dtype) -> M:
     """A module on the meta device, its weights made random in place: norms one, the rest of variance 1 /
     fan-in.
 
     Each weight is allocated once, in its final dtype and place. Global random state is left alone.
     """
     block = torch.randn(BLOCK, generator=torch.Generator().manual_seed(0)).to(device)
-    for owner in module.modules():
-        for name, parameter in list(owner.named_parameters(recurse=False)):
-            weight = torch.empty(parameter.shape, device=device, dtype=dtype)
-            if name == "gamma" or (name == "weight" and weight.dim() == 1):
-                weight.fill_(1)
-            else:
-                scaled = (block / (weight[0].numel() ** 0.5 if weight.dim() > 1 else 50)).to(dtype)
-                for part in weight.view(-1).split(BLOCK):
-                    part.copy_(scaled[: len(part)])
-            setattr(owner, name, nn.Parameter(weight, requires_grad=False))
-    return module.eval()
+
+    def random(owner: nn.Module, name: str, parameter: nn.Parameter) -> Tensor:
+        weight = torch.empty(parameter.shape, device=device, dtype=dtype)
+        if name == "gamma" or (name == "weight" and weight.dim() == 1):
+            return weight.fill_(1)
+        scaled = (block / (weight[0].numel() ** 0.5 if weight.dim() > 1 else 50)).to(dtype)
+        for part in weight.view(-1).split(BLOCK):
+            part.copy_(scaled[: len(part)])
+        return weight
+
+    return fill(module, random)
 
 
 def cut_layers(model: DualExpert, layers: int) -> DualExpert:
     """The same model, weights shared, with its first `layers` layers only."""
 
-    def cut(module: nn.Module) -> nn.Module:
-        short = copy.copy(module)
-        short._modules = dict(module._modules) | {"layers": module.layers[:layers]}
+    def cut(expert: E) -> E:
+        short = copy.copy(expert)
+        vars(short)["_modules"] = expert._modules | {"layers": expert.layers[:layers]}
         return short
 
     config = replace(model.config, num_layers=layers)
@@ -287,3 +335,24 @@ def cut_layers(model: DualExpert, layers: int) -> DualExpert:
     return DualExpert(
         config, cut(model.und), gen, attention=model.attention, dtype=model.dtype, device=model.device
     )
+
+
+# -- other processes -----------------------------------------------------------------------------------------
+
+
+def child(
+    module: str, *words: str, python: str = sys.executable, cwd: Path | None = None, path: Sequence[Path] = ()
+) -> Any:
+    """What `python -m module words` writes as JSON in its last line, in a process of its own.
+
+    path: folders to look for modules in before that of lance_core.
+
+    Raises:
+        RequestError: it failed; with the last it said.
+    """
+    root = Path(__file__).resolve().parents[2]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (*path, root)))}
+    done = subprocess.run([python, "-m", module, *words], capture_output=True, text=True, cwd=cwd, env=env)
+    if done.returncode:
+        raise RequestError(f"python -m {module} failed (exit {done.returncode}):\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])

@@ -1,29 +1,30 @@
-"""Measuring the passes of one request after the other: building random models, timing, setting times against
-what must be.
+"""Measuring the passes of one request after the other: random models, times, and times against what must be.
 
-bench.py and bench_suite.py decide what is measured; bench_cost.py says what each pass must cost,
-bench_baseline.py and bench_vae.py hold the procedure compared with.
+speed.py and suite.py decide what is measured; cost.py says what each pass must cost, released_decoder.py and
+released_vae.py hold the procedure compared with.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .. import checks
 from ..checkpoint.checkpoint import Progress
 from ..config import LATENT_CHANNELS, LanceConfig, LLMConfig
 from ..errors import RequestError
-from ..inputs import tasks
 from ..model.compiling import compile_layers
 from ..model.decoder import FEED_CHUNK
 from ..model.denoise import denoise
-from ..model.dual_expert import DualExpert, Generation, Plan, Understanding
+from ..model.dual_expert import DualExpert
+from ..model.experts import Generation, Understanding
+from ..model.plan import Plan
 from ..model.sampler import Guidance, schedule
 from ..model.sequence import Sequence
 from ..model.side_stream import SideStream
@@ -31,18 +32,18 @@ from ..model.token_loop import TokenLoop
 from ..model.vit import VisionTower
 from ..text_generation import Chooser
 from ..vae.wan import WanVAE
-from . import cost as cost
-from .case import Case, noise
-from .device import Meter, Peak, cut_layers, free_memory, materialise, rates, synchronize
+from . import cost
+from .case import Case, noise, vae_of, vit_of
+from .device import Meter, Peak, Stopwatch, cut_layers, free_memory, materialise, rates
 from .profile import profile
 from .released_decoder import Baseline
 from .released_vae import BaselineVAE
 
-MEASURES = ("step", "prefill", "token", "vit", "encode", "decode")
-DECODER = ("step", "prefill", "token")
 STEPS = 30  # of the released schedule
 # seconds: passes that must take so long are timed one at a time, waiting for the device being nothing to them
 LONG = 0.1
+CHUNKED = ("step", "step_unguided", "token")  # passes timed several at a time
+Setup = Callable[[Any, int], Callable[[], object]]  # (version, passes a call) -> what is timed
 
 
 @dataclass(frozen=True)
@@ -81,13 +82,11 @@ class Bench:
         many.
         """
         llm, size = self.config.llm, self.dtype.itemsize
-        shared, rests = self.planned(case)[1].lengths
+        shared, rests = self.planned(case).lengths
         held = shared + sum(rests) + case.tokens  # keys and values of every layer
         rows, block = case.batch * (1 + case.guidance), max(case.tokens, shared + max(rests))
-        wide, stream = (
-            3 * llm.intermediate_size * size,
-            8 * llm.hidden_size * size,
-        )  # of a token, in the feed-forward and around it
+        # Of a token, in the feed-forward and around it.
+        wide, stream = 3 * llm.intermediate_size * size, 8 * llm.hidden_size * size
         work = rows * block * stream + min(rows * block, FEED_CHUNK) * wide
         if self.baseline:
             held += sum(shared + rest for rest in rests)
@@ -104,7 +103,7 @@ class Bench:
         """
         total = self.config.llm.num_layers
         if layers is not None:
-            tasks.check_count("layers", layers, 1, total)
+            checks.whole("layers", layers, 1, total)
             return layers, "as asked" if layers < total else None
         free = free_memory(self.device)
         count = next(
@@ -120,18 +119,24 @@ class Bench:
     def decoder(self, layers: int, generation: bool = True) -> DualExpert:
         """Both experts (or understanding alone), `layers` deep, with random weights."""
         llm = replace(self.config.llm, num_layers=layers)
-        experts: list[nn.Module | None] = [None, None]
-        for i, kind in enumerate((Understanding, Generation)[: 1 + generation]):
-            self.say("making random weights", i, 2)
-            expert = materialise(kind(llm, device="meta"), self.device, self.dtype)
-            experts[i] = compile_layers(expert) if self.compile else expert
+
+        def expert(done: int, kind: Callable[..., nn.Module]) -> Any:
+            self.say("making random weights", done, 2)
+            made = materialise(kind(llm, device="meta"), self.device, self.dtype)
+            return compile_layers(made) if self.compile else made
+
+        und, gen = expert(0, Understanding), expert(1, Generation) if generation else None
         self.say("making random weights", 2, 2)
-        return DualExpert(llm, *experts, dtype=self.dtype, device=self.device, side=self.side)
+        return DualExpert(llm, und, gen, dtype=self.dtype, device=self.device, side=self.side)
 
     def tower(self, part: str) -> nn.Module:
         """The "vit" or the "vae" with random weights."""
-        kind = {"vit": VisionTower, "vae": WanVAE}[part]
-        return materialise(kind(getattr(self.config, part), device="meta"), self.device, self.dtype)
+        tower: nn.Module
+        if part == "vit":
+            tower = VisionTower(vit_of(self.config), device="meta")
+        else:
+            tower = WanVAE(vae_of(self.config), device="meta")
+        return materialise(tower, self.device, self.dtype)
 
     # -- measuring -------------------------------------------------------------------------------------------
 
@@ -146,86 +151,113 @@ class Bench:
         extrapolate: bool = True,
     ) -> dict[str, Any]:
         """Those of DECODER that are wanted. unguided: a guided case's steps without guidance, too."""
-        llm, size = model.config, self.dtype.itemsize
-        sequence, plan = self.planned(case)
-        shared, rests = plan.lengths
-        contexts = [shared + n for n in rests]
-        versions: dict[str, DualExpert | Baseline] = {"ours": model}
+        plan, found = self.planned(case), {}
+        versions: dict[str, Any] = {"ours": model}
         if self.baseline:
             versions["baseline"] = Baseline(model)
-        if extrapolate and llm.num_layers < self.config.llm.num_layers:
+        if extrapolate and model.config.num_layers < self.config.llm.num_layers:
             versions["no_layers"] = cut_layers(model, 0)
-        meter, out = Meter(self.device, self.repeat, self.budget), {}
-
-        def measure(
-            name: str,
-            price: Callable[[LLMConfig], cost.Cost],
-            setup: Callable[[Any, int], Callable[[], object]],
-        ) -> None:
-            """setup: (version, how many to run a call) -> what is timed."""
-            self.say(f"{case.label}: {name}", 0, 1)
-            count = 1 if limit(price(llm), speed) > LONG or name.startswith("prefill") else meter.chunk
-            timed = meter({key: lambda v=v: setup(v, count) for key, v in versions.items()}, count)
-            out[name] = self._decoder_entry(timed, price, llm, speed) | self._profiled(
-                lambda: setup(model, 1)
-            )
-            self.say(f"{case.label}: {name}", 1, 1)
-
+        setups: dict[str, Setup] = {}
         if "prefill" in wanted:
             name = "prefill_edit" if case.edit else "prefill_text"
-            measure(
-                name, lambda c: cost.prefill(c, plan, size), lambda v, _: lambda: _prefill(v, sequence, plan)
-            )
+            setups[name] = lambda version, _: partial(version.prefill, plan)
         if "step" in wanted:
-            for name, guided in (("step", case.guidance), ("step_unguided", False)):
-                if name == "step_unguided" and not (case.guidance and unguided):
-                    continue
-                measure(
-                    name,
-                    lambda c, guided=guided: cost.step(
-                        c, case.grid, contexts[: 1 + guided], case.batch, size
-                    ),
-                    lambda v, count, guided=guided: self._steps(v, sequence, plan, case, guided, count),
-                )
+            setups["step"] = partial(self._steps, plan=plan, case=case, guided=case.guidance)
+            if case.guidance and unguided:
+                setups["step_unguided"] = partial(self._steps, plan=plan, case=case, guided=False)
         if "token" in wanted:
-            question = case.question(self.config)
-            length = sum(s.length for s in question.context)
-            measure(
-                "token",
-                lambda c: cost.token(c, length, size),
-                lambda v, count: self._tokens(v, question, meter.calls * count, count),
-            )
-        return out
+            setups["token"] = partial(self._tokens, question=case.question(self.config))
+        for name, setup in setups.items():
+            found[name] = self._measure(name, case, versions, setup, speed, model.config)
+        return found
 
-    def planned(self, case: Case) -> tuple[Sequence, Plan]:
-        """A generation case's sequence and how its contexts are computed."""
-        sequence = case.sequence(self.config)
-        return sequence, Plan.of(sequence, self.config.tokens_per_second, case.guidance)
+    def picture(self, name: str, case: Case, model: Any, speed: dict[str, Any]) -> dict[str, Any]:
+        """ "vit", or the VAE's "encode" or "decode"."""
+        x = noise(*case.input_shape(name, self.config)).to(self.device, self.dtype)
+        if name == "encode":
+            x.clamp_(-1, 1)
+
+        def setup(version: Any, _: int) -> Callable[[], object]:
+            return partial(version, x, [case.seen]) if name == "vit" else partial(getattr(version, name), x)
+
+        versions = {"ours": model}
+        if self.baseline and name != "vit":
+            versions["baseline"] = BaselineVAE(model)
+        return self._measure(name, case, versions, setup, speed, self.config.llm)
+
+    def _measure(
+        self,
+        name: str,
+        case: Case,
+        versions: dict[str, Any],
+        setup: Setup,
+        speed: dict[str, Any],
+        llm: LLMConfig,
+    ) -> dict[str, Any]:
+        """One pass by every version: times, what it must cost, ratios, and what ours spends its time on."""
+        self.say(f"{case.label}: {name}", 0, 1)
+        price, meter = self.price(name, case, llm), self._meter()
+        count = meter.chunk if name in CHUNKED and limit(price, speed) <= LONG else 1
+        timed = meter({key: partial(setup, version, count) for key, version in versions.items()}, count)
+        entry = timed["ours"] | against(price, timed["ours"]["seconds"], speed)
+        if "baseline" in timed:
+            entry["baseline"] = _ratio(timed["baseline"], entry)
+        if "no_layers" in timed:
+            full = self.price(name, case, self.config.llm)
+            entry["extrapolated"] = self._extrapolated(timed, llm.num_layers, full, speed)
+        if self.profile:
+            entry["profile"] = profile(setup(versions["ours"], 1), self.device)
+        self.say(f"{case.label}: {name}", 1, 1)
+        return entry
+
+    def _meter(self) -> Meter:
+        return Meter(self.device, self.repeat, self.budget)
+
+    def planned(self, case: Case) -> Plan:
+        """How a generation case's contexts are computed."""
+        return Plan.of(case.sequence(self.config), self.config.tokens_per_second, case.guidance)
+
+    def price(self, name: str, case: Case, llm: LLMConfig) -> cost.Cost:
+        """What one of MEASURES, or "step_unguided", must cost with a decoder of those sizes."""
+        size = self.dtype.itemsize
+        if name == "vit":
+            return cost.vit(vit_of(self.config), case.seen, size)
+        if name in ("encode", "decode"):
+            return cost.vae(vae_of(self.config), case.grid, name == "decode", size)
+        if name == "token":
+            return cost.token(llm, sum(s.length for s in case.question(self.config).context), size)
+        plan = self.planned(case)
+        if name.startswith("prefill"):
+            return cost.prefill(llm, plan, size)
+        shared, rests = plan.lengths
+        used = rests if name == "step" else rests[:1]
+        return cost.step(llm, case.grid, [shared + rest for rest in used], case.batch, size)
 
     def _start(self, case: Case) -> Tensor:
         return noise(case.batch, *case.grid, LATENT_CHANNELS).to(self.device)
 
-    def _steps(
-        self, version: Any, sequence: Sequence, plan: Plan, case: Case, guided: bool, count: int
-    ) -> Callable[[], Tensor]:
+    def _steps(self, version: Any, count: int, plan: Plan, case: Case, guided: bool) -> Callable[[], Tensor]:
         """`count` denoising steps, guidance, renorm and solver included."""
-        x, prepared = self._start(case), _prefill(version, sequence, plan)
+        x, prepared = self._start(case), version.prefill(plan)
         times, guidance = schedule(STEPS)[: count + 1], Guidance() if guided else Guidance(1.0)
         if isinstance(version, Baseline):
-            return lambda: version.denoise(prepared, sequence, x, times, guidance)
-        return lambda: denoise(version, prepared, x, times, guidance)
+            return partial(version.denoise, prepared, plan.sequence, x, times, guidance)
+        return partial(denoise, version, prepared, x, times, guidance)
 
-    def _tokens(self, version: Any, question: Sequence, room: int, count: int) -> Callable[[], None]:
+    def _tokens(self, version: Any, count: int, question: Sequence) -> Callable[[], None]:
         """`count` tokens decoded greedily, each going on from where the last call stopped."""
         rate = self.config.tokens_per_second
+        following: Callable[[Any], Tensor]
+        choose: Callable[[Tensor], Any]
         if isinstance(version, Baseline):
             state, logits = version.read(question, rate)
             following, choose = version.following(state), lambda logits: int(logits.argmax())
         else:
+            room = self._meter().calls * count
             context, logits, position = version.read(question, rate, room)
             following = TokenLoop(version, context, position, self.compile and self.device.type == "cuda")
             choose = Chooser(0.0, 1.0, 0)
-        token = choose(logits)
+        token: Any = choose(logits)
 
         def decode() -> None:
             nonlocal token
@@ -234,82 +266,30 @@ class Bench:
 
         return decode
 
-    def picture(self, name: str, case: Case, model: Any, speed: dict[str, Any]) -> dict[str, Any]:
-        """ "vit", or the VAE's "encode" or "decode"."""
-        self.say(f"{case.label}: {name}", 0, 1)
-        x, price = self._picture_input(name, case), self.picture_cost(name, case)
-        calls: dict[str, Callable[[], object]] = {
-            "ours": lambda: model(x, [case.seen]) if name == "vit" else getattr(model, name)(x)
-        }
-        if self.baseline and name != "vit":
-            slow = BaselineVAE(model)
-            calls["baseline"] = lambda: getattr(slow, name)(x)
-        timed = Meter(self.device, self.repeat, self.budget)(
-            {key: lambda call=call: call for key, call in calls.items()}
-        )
-        entry = timed["ours"] | against(price, timed["ours"]["seconds"], speed)
-        if "baseline" in timed:
-            entry["baseline"] = _ratio(timed["baseline"], entry)
-        entry |= self._profiled(lambda: calls["ours"])
-        self.say(f"{case.label}: {name}", 1, 1)
-        return entry
-
-    def _profiled(self, setup: Callable[[], Callable[[], object]]) -> dict[str, Any]:
-        """What of ours the time goes to, if that was asked for."""
-        return {"profile": profile(setup(), self.device)} if self.profile else {}
-
-    def _picture_input(self, name: str, case: Case) -> Tensor:
-        if name == "vit":
-            c = self.config.vit
-            shape = (
-                case.seen[0] * case.seen[1] * case.seen[2],
-                c.in_channels * c.temporal_patch_size * c.patch_size**2,
-            )
-        else:
-            shape = (
-                (1, LATENT_CHANNELS, *case.grid)
-                if name == "decode"
-                else (1, 3, case.frames, case.height, case.width)
-            )
-        x = noise(*shape).to(self.device, self.dtype)
-        return x.clamp_(-1, 1) if name == "encode" else x
-
-    def picture_cost(self, name: str, case: Case) -> cost.Cost:
-        """What `picture` must cost."""
-        size = self.dtype.itemsize
-        return (
-            cost.vit(self.config.vit, case.seen, size)
-            if name == "vit"
-            else cost.vae(self.config.vae, case.grid, name == "decode", size)
-        )
-
     def whole(self, case: Case, model: DualExpert) -> dict[str, Any]:
         """All 30 steps in one run, each looked at: does anything grow on the way?
 
         Returns: `seconds` of the run; of every step `steps` (seconds), `guided`, `memory_bytes` in use after
         it, and on CUDA `allocations` made in it.
         """
-        sequence, plan = self.planned(case)
-        prepared, x, memory = _prefill(model, sequence, plan), self._start(case), Peak(self.device)
+        prepared, x, memory = model.prefill(self.planned(case)), self._start(case), Peak(self.device)
         times, guidance = schedule(STEPS), Guidance() if case.guidance else Guidance(1.0)
-        ends: list[float] = []
+        steps: list[float] = []
         used: list[int | None] = []
         made: list[int] = []
 
         def step(i: int, total: int, _: Tensor) -> None:
-            synchronize(self.device)
-            ends.append(time.perf_counter())
+            steps.append(watch.lap())
             used.append(memory.now())
             if self.device.type == "cuda":
                 made.append(torch.cuda.memory_stats(self.device)["allocation.all.allocated"])
             self.say(f"{case.label}: {STEPS} steps", i, total)
 
-        synchronize(self.device)
-        began = time.perf_counter()
+        watch = Stopwatch(self.device)
         denoise(model, prepared, x, times, guidance, callback=step)
         return {
-            "seconds": ends[-1] - began,
-            "steps": [end - start for start, end in pairwise([began, *ends])],
+            "seconds": sum(steps),
+            "steps": steps,
             "guided": [guidance.applies(t) for t in times[:-1]],
             "memory_bytes": used,
             "allocations": [b - a for a, b in pairwise(made)] or None,
@@ -317,30 +297,21 @@ class Bench:
 
     # -- putting together ------------------------------------------------------------------------------------
 
-    def _decoder_entry(
-        self,
-        timed: dict[str, Any],
-        price: Callable[[LLMConfig], cost.Cost],
-        llm: LLMConfig,
-        speed: dict[str, Any],
+    def _extrapolated(
+        self, timed: dict[str, Any], layers: int, price: cost.Cost, speed: dict[str, Any]
     ) -> dict[str, Any]:
-        entry = timed["ours"] | against(price(llm), timed["ours"]["seconds"], speed)
-        full = self.config.llm
+        """What `layers` took, as all layers would; what takes time without any is not multiplied."""
+        fixed = timed["no_layers"]["seconds"]
+        total = self.config.llm.num_layers
+
+        def far(version: str) -> float:
+            return fixed + max(timed[version]["seconds"] - fixed, 0) * total / layers
+
+        seconds = far("ours")
+        entry = {"layers": total, "seconds": seconds, "seconds_without_layers": fixed}
+        entry |= against(price, seconds, speed)
         if "baseline" in timed:
-            entry["baseline"] = _ratio(timed["baseline"], entry)
-        if "no_layers" in timed:
-            fixed = timed["no_layers"]["seconds"]
-            scale = full.num_layers / llm.num_layers
-            seconds = fixed + max(entry["seconds"] - fixed, 0) * scale
-            entry["extrapolated"] = {
-                "layers": full.num_layers,
-                "seconds": seconds,
-                "seconds_without_layers": fixed,
-            }
-            entry["extrapolated"] |= against(price(full), seconds, speed)
-            if "baseline" in timed:
-                slow = fixed + max(timed["baseline"]["seconds"] - fixed, 0) * scale
-                entry["extrapolated"]["baseline"] = {"seconds": slow, "ratio": slow / seconds}
+            entry["baseline"] = {"seconds": far("baseline"), "ratio": far("baseline") / seconds}
         return entry
 
     def denoising(self, case: Case, measures: dict[str, Any], extrapolated: bool) -> dict[str, Any]:
@@ -355,29 +326,21 @@ class Bench:
         def total(key: Callable[[dict[str, Any]], float]) -> float:
             return guided * key(with_) + (STEPS - guided) * key(without)
 
-        seconds, bound, flops = (
-            total(lambda m, key=key: m[key]) for key in ("seconds", "limit_seconds", "flops")
-        )
-        matmul = total(lambda m: m["share_of_matmul"] * m["seconds"])
-        entry = {
+        seconds = total(lambda m: m["seconds"])
+        bound = total(lambda m: m["limit_seconds"])
+        entry: dict[str, Any] = {
             "steps": STEPS,
             "guided_steps": guided,
             "seconds": seconds,
-            "flops": flops,
+            "flops": total(lambda m: m["flops"]),
             "limit_seconds": bound,
-        }
-        entry |= {
             "share_of_limit": bound / seconds,
-            "share_of_matmul": matmul / seconds,
+            "share_of_matmul": total(lambda m: m["share_of_matmul"] * m["seconds"]) / seconds,
             "extrapolated": extrapolated,
         }
         if "baseline" in with_:
             entry["baseline"] = _ratio({"seconds": total(lambda m: m["baseline"]["seconds"])}, entry)
         return entry
-
-
-def _prefill(version: DualExpert | Baseline, sequence: Sequence, plan: Plan) -> Any:
-    return version.prefill(sequence, plan) if isinstance(version, Baseline) else version.prefill(plan)
 
 
 def _ratio(slow: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:

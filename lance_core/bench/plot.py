@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RequestError
-from .report import disturbance, options, seconds_text
+from .report import seconds_text
+from .speed_report import disturbance, options
 
 INK, SOFT, OURS, RELEASED, LIMIT = "#1f2933", "#7b8794", "#0f766e", "#c5ccd3", "#e8a33d"
 BAR = 0.26
@@ -46,19 +47,9 @@ def draw(result: dict[str, Any], path: str) -> None:
 
     rows = [row for row in result["rows"] if not row["skipped"]]
     points = (result["growth"] or {}).get("points", [])
-    style = {
-        "font.family": "DejaVu Sans",
-        "font.size": 10,
-        "text.color": INK,
-        "axes.labelcolor": INK,
-        "ytick.color": INK,
-    }
-    style |= {
-        "xtick.color": SOFT,
-        "axes.edgecolor": "#cbd2d9",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-    }
+    style: dict[Any, Any] = {"font.family": "DejaVu Sans", "font.size": 10, "xtick.color": SOFT}
+    style |= dict.fromkeys(("text.color", "axes.labelcolor", "ytick.color"), INK)
+    style |= {"axes.edgecolor": "#cbd2d9", "axes.spines.top": False, "axes.spines.right": False}
     with rc_context(style):
         panels = [p for p in ((_bars, rows), (_curve, points)) if p[1]]
         height = max(4.6, 1.6 + 0.78 * len(rows))
@@ -66,16 +57,11 @@ def draw(result: dict[str, Any], path: str) -> None:
             figsize=(8.2 * len(panels) or 8.2, height), dpi=150, layout="constrained", facecolor="white"
         )
         env, model = result["environment"], result["model"]
-        layers = (
-            f"{model['layers_measured']} of {model['layers']} layers"
-            if model["cut"]
-            else f"all {model['layers']} layers"
-        )
-        title = f"Lance on {env['device_name']}" + (
-            f", {env['threads']} threads" if env["device"] == "cpu" else ""
-        )
+        measured = f"{model['layers_measured']} of" if model["cut"] else "all"
+        layers = f"{measured} {model['layers']} layers"
+        threads = f", {env['threads']} threads" if env["device"] == "cpu" else ""
         lines = [
-            title,
+            f"Lance on {env['device_name']}{threads}",
             f"{env['dtype']}, {layers}{options(model)}, random weights, torch {env['torch']}",
             *disturbance(env),
         ]
@@ -110,37 +96,26 @@ def _bars(axis: Any, rows: list[dict[str, Any]], result: dict[str, Any]) -> None
             longest = max(longest, share)
             axis.barh(y, share, height=BAR * 0.86, color=colour, label=None if name in shown else name)
             shown.add(name)
-            axis.annotate(
-                seconds_text(seconds),
-                (share, y),
-                xytext=(5, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=8.5,
-                color=INK if name == "ours" else SOFT,
-                fontweight="bold" if name == "ours" else "normal",
-            )
+            look = {"color": INK, "fontweight": "bold"} if name == "ours" else {"color": SOFT}
+            beside = {"xytext": (5, 0), "textcoords": "offset points", "va": "center"}
+            axis.annotate(seconds_text(seconds), (share, y), fontsize=8.5, **look, **beside)
     axis.set_yticks(range(len(rows)), [_label(row) for row in rows])
     axis.tick_params(axis="y", length=0)
     axis.invert_yaxis()
     axis.set_xlim(0, longest * 1.16)
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    axis.set_xlabel(
-        "time, as a share of the released procedure's"
-        if result["rows"] and "baseline" in rows[0]
-        else "time, as a share of ours"
-    )
-    axis.grid(axis="x", color="#e4e7eb", linewidth=0.8)
+    whose = "the released procedure's" if "baseline" in rows[0] else "ours"
+    axis.set_xlabel(f"time, as a share of {whose}")
+    _frame(axis, "What the work takes", grid="x")
+
+
+def _frame(axis: Any, title: str, grid: str) -> None:
+    """A panel's grid, its title and its legend below that."""
+    axis.grid(axis=grid, color="#e4e7eb", linewidth=0.8)
     axis.set_axisbelow(True)
-    axis.set_title("What the work takes", loc="left", fontsize=12, fontweight="bold", pad=30)
-    axis.legend(
-        loc="lower left",
-        bbox_to_anchor=(-0.01, 1.0),
-        ncols=3,
-        frameon=False,
-        borderaxespad=0.3,
-        handlelength=1.2,
-    )
+    axis.set_title(title, loc="left", fontsize=12, fontweight="bold", pad=30)
+    place = {"loc": "lower left", "bbox_to_anchor": (-0.01, 1.0), "borderaxespad": 0.3}
+    axis.legend(**place, ncols=3, frameon=False, handlelength=1.2)
 
 
 def _label(row: dict[str, Any]) -> str:
@@ -155,58 +130,32 @@ def _curve(axis: Any, points: list[dict[str, Any]], result: dict[str, Any]) -> N
     frames = [p["latent_frames"] for p in points]
     per = points[0]["tokens"] / frames[0]
     fine = [frames[0] + (frames[-1] - frames[0]) * i / 200 for i in range(201)]
-    series = [("ours", "fit", [p["seconds"] for p in points], OURS)]
-    series += [
-        (
-            "released procedure",
-            "baseline_fit",
-            [p["baseline"]["seconds"] for p in points if "baseline" in p],
-            "#9aa5b1",
-        )
-    ]
-    top = 0.0
-    for name, key, seconds, colour in series:
-        if not seconds:
-            continue
-        top = max(top, *seconds)
-        axis.plot(
-            frames, seconds, "o", color=colour, markersize=5.5, label=name, zorder=4 if key == "fit" else 3
-        )
+    slow = [p["baseline"]["seconds"] for p in points if "baseline" in p]
+    ours = [p["seconds"] for p in points]
+    top = max(ours + slow)
+    for name, key, seconds, colour, above in (
+        ("ours", "fit", ours, OURS, 4),
+        ("released procedure", "baseline_fit", slow, "#9aa5b1", 3),
+    ):
+        if seconds:
+            axis.plot(frames, seconds, "o", color=colour, markersize=5.5, label=name, zorder=above)
         if key in growth:
             a, b, c = (growth[key][letter] for letter in "abc")
-            axis.plot(
-                fine,
-                [a + b * per * f + c * (per * f) ** 2 for f in fine],
-                color=colour,
-                linewidth=1.6,
-                zorder=2,
-            )
-    axis.plot(
-        frames, [p["limit_seconds"] for p in points], color=LIMIT, linewidth=1.6, label="limit of this device"
-    )
+            fitted = [a + b * per * f + c * (per * f) ** 2 for f in fine]
+            axis.plot(fine, fitted, color=colour, linewidth=1.6, zorder=2)
+    limits = [p["limit_seconds"] for p in points]
+    axis.plot(frames, limits, color=LIMIT, linewidth=1.6, label="limit of this device")
     axis.set_xlim(0, frames[-1] * 1.04)
     axis.set_ylim(0, top * 1.2)  # room for the formula
     unit, scale = ("s", 1) if top >= 1 else ("ms", 1e-3)
     axis.yaxis.set_major_formatter(lambda value, _: f"{value / scale:g} {unit}" if value else "0")
     axis.set_xlabel(f"latent frames of {growth['width']}×{growth['height']} ({per:.0f} tokens each)")
-    axis.grid(color="#e4e7eb", linewidth=0.8)
-    axis.set_axisbelow(True)
-    axis.set_title("How a guided step grows", loc="left", fontsize=12, fontweight="bold", pad=30)
-    axis.legend(
-        loc="lower left",
-        bbox_to_anchor=(-0.01, 1.0),
-        ncols=3,
-        frameon=False,
-        borderaxespad=0.3,
-        handlelength=1.2,
-    )
+    _frame(axis, "How a guided step grows", grid="both")
     if "fit" in growth:
         found = growth["fit"]
         a, b, c = (seconds_text(found[letter]) for letter in "abc")
-        text = (
-            f"ours = {a} + {b}·N + {c}·N²\nR² {found['r2']:.4f}, off by "
-            f"{max(map(abs, found['residuals'])):.1%} at most; N: tokens"
-        )
-        axis.text(
-            0.03, 0.95, text, transform=axis.transAxes, va="top", fontsize=9.5, color=OURS, linespacing=1.5
-        )
+        worst = max(map(abs, found["residuals"]))
+        formula = f"ours = {a} + {b}·N + {c}·N²"
+        quality = f"R² {found['r2']:.4f}, off by {worst:.1%} at most; N: tokens"
+        place = {"transform": axis.transAxes, "va": "top", "linespacing": 1.5}
+        axis.text(0.03, 0.95, f"{formula}\n{quality}", fontsize=9.5, color=OURS, **place)

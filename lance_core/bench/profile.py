@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity
 
-from .device import synchronize
+from .device import timed
 
 COUNTED = ("matrix products", "convolutions", "attention")  # what the limits count
 REST, BETWEEN = "element by element", "between"
@@ -37,14 +36,10 @@ def profile(call: Callable[[], object], device: torch.device) -> dict[str, Any]:
     Python and dispatch on a CPU and an idle device elsewhere; `operations`, the longest: name, kind, seconds,
     times called.
     """
-    call()
-    synchronize(device)
+    timed(call, device)
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
     with torch.profiler.profile(activities=activities) as recorded:
-        began = time.perf_counter()
-        call()
-        synchronize(device)
-        seconds = time.perf_counter() - began
+        seconds = timed(call, device)
     return summary(recorded.events(), seconds, device)
 
 
@@ -52,7 +47,8 @@ def summary(events: Iterable[Any], seconds: float, device: torch.device) -> dict
     """`profile`'s result from the profiler's events: a CPU's operators less what they call, or else the
     device's kernels.
     """
-    kinds, operations = dict.fromkeys(NAMES, 0.0), defaultdict(lambda: [0.0, 0])
+    kinds = dict.fromkeys(NAMES, 0.0)
+    operations: dict[tuple[str, str], list[Any]] = defaultdict(lambda: [0.0, 0])
     for event in events:
         kernel = event.device_type != torch.autograd.DeviceType.CPU
         if kernel == (device.type == "cpu") or getattr(event, "is_user_annotation", False):

@@ -1,7 +1,6 @@
-"""The released code's procedure, written plainly from the model's description, for bench.py to measure ours
-against.
+"""The released code's procedure, written plainly from the model's description, to measure ours against.
 
-The same weights and the same results as model.py, reached the way the released inference code does: tokens in
+The same weights and the same results as ours, reached the way the released inference code does: tokens in
 reading order, experts chosen per token by gathering and scattering into zero-filled copies, the whole
 key/value cache copied into a new tensor in every layer of every pass, keys and values expanded to all query
 heads, each guidance branch with a context of its own and a pass of its own, one row at a time. Nothing but
@@ -14,15 +13,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..model import rope
-from ..model.decoder import ExpertLayer
-from ..model.dual_expert import DualExpert, Plan, latent_positions
+from ..model.dual_expert import DualExpert
+from ..model.experts import latent_positions
 from ..model.joined import JoinedLinear
+from ..model.plan import Plan
 from ..model.sampler import Guidance, euler
 from ..model.sequence import MARKERS, Branch, Kind, Placed, Sequence, TextSegment, merge_text
 
@@ -35,15 +36,15 @@ class Side:
 
     cache: list[tuple[Tensor, Tensor] | None]
     target: Tensor | None
-    grid: tuple[int, int, int] | None
 
 
 Part = Callable[[Tensor], Tensor]
+Each = Callable[[str, Tensor], Tensor]
 
 
-def parts_of(layer: ExpertLayer) -> dict[str, Part]:
-    """What one expert's layer is made of, each projection on its own and multiplied plainly: rows of a joined
-    weight are views.
+def parts_of(layer: Any) -> dict[str, Part]:
+    """What one expert's layer (an ExpertLayer) is made of, each projection on its own and multiplied plainly:
+    rows of a joined weight are views.
     """
     parts: dict[str, Part] = {}
     for owner in (layer.self_attn, layer.mlp):
@@ -57,6 +58,25 @@ def parts_of(layer: ExpertLayer) -> dict[str, Part]:
                 parts[part] = partial(F.linear, weight=module.weight[own], bias=bias)
     parts["mlp"] = lambda x: parts["down_proj"](F.silu(parts["gate_proj"](x)) * parts["up_proj"](x))
     return parts | {name: getattr(layer, name) for name in ("input_layernorm", "post_attention_layernorm")}
+
+
+def _each(
+    experts: tuple[dict[str, Part], dict[str, Part]],
+    places: tuple[Tensor, Tensor] | None,
+    name: str,
+    x: Tensor,
+) -> Tensor:
+    """Every token through its own expert's part of that name; places: of each expert's tokens, None where
+    all are the first's.
+    """
+    if places is None:
+        return experts[0][name](x)
+    out = torch.empty(0)
+    for expert, where in zip(experts, places, strict=True):
+        own = expert[name](x[where])
+        out = out if len(out) else x.new_zeros(len(x), *own.shape[1:])
+        out[where] = own
+    return out
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -78,30 +98,28 @@ class Baseline:
 
     def __init__(self, model: DualExpert) -> None:
         self.model, self.config = model, model.config
-        self.und = [parts_of(layer) for layer in model.und.layers]
-        self.gen = [parts_of(layer) for layer in model.gen.layers] if model.gen else []
+        self.und, self.gen = (
+            [parts_of(layer) for layer in expert.layers] if expert else []
+            for expert in (model.und, model.gen)
+        )
 
     # -- passes ----------------------------------------------------------------------------------------------
 
-    def prefill(self, sequence: Sequence, plan: Plan) -> list[Side]:
+    def prefill(self, plan: Plan) -> list[Side]:
         """Every branch's whole context, what they share included."""
         sides = []
         for branch, rest in plan.rests.items():
-            target = plan.targets.get(branch)
-            side = Side(
-                [None] * self.config.num_layers, target, sequence.target.grid if sequence.target else None
-            )
-            self._extend(side, sequence, plan.prefix + rest)
+            side = Side([None] * self.config.num_layers, plan.targets.get(branch))
+            self._extend(side, plan.sequence, plan.prefix + rest)
             sides.append(side)
         return sides
 
     def read(self, sequence: Sequence, tokens_per_second: float) -> tuple[Side, Tensor]:
         """An understanding prompt's cache and the next token's logits."""
         plan = Plan.of(sequence, tokens_per_second, guided=False)
-        side = Side([None] * self.config.num_layers, None, None)
-        return side, self.model.logits(
-            self._extend(side, sequence, plan.prefix + plan.rests[Branch.CONDITIONAL])[None]
-        )
+        side = Side([None] * self.config.num_layers, None)
+        placed = plan.prefix + plan.rests[Branch.CONDITIONAL]
+        return side, self.model.logits(self._extend(side, sequence, placed)[None])
 
     def next_token(self, side: Side, token: int, position: int) -> Tensor:
         """Append one text token and return the logits after it, float32 [vocabulary]."""
@@ -112,16 +130,18 @@ class Baseline:
 
     def following(self, side: Side) -> Callable[[int], Tensor]:
         """What `TokenLoop` is; where in the sequence the tokens lie makes no difference to the time."""
-        places = count(len(side.cache[0][0]) if side.cache else 0)
+        first = side.cache[0] if side.cache else None
+        places = count(0 if first is None else len(first[0]))
         return lambda token: self.next_token(side, token, next(places))
 
     def velocity(self, side: Side, sequence: Sequence, x: Tensor, t: Tensor) -> Tensor:
         """Velocity of one row's noisy latents x [1, frames, h, w, 48] at t [1, frames]; float32, shaped like
         x.
         """
-        gen = self.model.gen
+        gen, target = self.model.generation, side.target
+        assert target is not None  # its branch was prefilled for generation
         tokens, where = self._visual(sequence, x, t)
-        out = self._pass(tokens, where, reading_order(side.target), side, keep=False, causal=False)
+        out = self._pass(tokens, where, reading_order(target), side, keep=False, causal=False)
         return gen.llm2vae(gen.norm(out[where])).float().view(x.shape)
 
     def denoise(
@@ -146,9 +166,10 @@ class Baseline:
 
     def _visual(self, sequence: Sequence, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """A latent block in reading order [n, hidden] and the places of its latent tokens."""
-        model, grid = self.model, tuple(x.shape[1:4])
+        model = self.model
+        grid = (x.shape[1], x.shape[2], x.shape[3])
         table = latent_positions(grid, self.config.hidden_size).to(model.device, model.dtype)
-        latents = model.gen.embed_latents(x, t, table, model.dtype)[0]
+        latents = self.model.generation.embed_latents(x, t, table, model.dtype)[0]
         where = torch.arange(1, len(latents) + 1, device=model.device)
         tokens = latents.new_zeros(len(latents) + MARKERS, latents.shape[-1])
         tokens[where] = latents
@@ -157,21 +178,20 @@ class Baseline:
 
     def _extend(self, side: Side, sequence: Sequence, parts: list[Placed]) -> Tensor:
         hidden = torch.empty(0)
-        for first, position in merge_text(parts):
+        for segment, position in merge_text(parts):
             where = None
-            if isinstance(first, TextSegment):
-                tokens = self._embed(list(first.ids))
+            if isinstance(segment, TextSegment):
+                tokens = self._embed(list(segment.ids))
             else:
-                position = reading_order(position)
-                data = first.data.to(self.model.device)
-                if first.kind is Kind.VIT:
+                position, data = reading_order(position), segment.data.to(self.model.device)
+                if segment.kind is Kind.VIT:
                     start, end = self._embed([sequence.start, sequence.end]).split(1)
                     tokens = torch.cat([start, data.to(self.model.dtype), end])
                 else:
-                    tokens, where = self._visual(
-                        sequence, data[None], torch.zeros(1, first.grid[0], device=data.device)
-                    )
-            hidden = self._pass(tokens, where, position, side, keep=True, causal=first.kind is Kind.TEXT)
+                    clean = torch.zeros(1, segment.grid[0], device=data.device)
+                    tokens, where = self._visual(sequence, data[None], clean)
+            causal = segment.kind is Kind.TEXT
+            hidden = self._pass(tokens, where, position, side, keep=True, causal=causal)
         return hidden
 
     def _pass(
@@ -180,50 +200,36 @@ class Baseline:
         """All layers over x [n, hidden], tokens `where` through the generation expert; `keep`: they become
         part of the cache.
         """
-        cos, sin = rope.tables(position, self.config, self.model.device)
-        others = None if where is None else self._others(where, len(x))
+        turn = rope.tables(position, self.config, self.model.device)
+        places = None if where is None else (self._others(where, len(x)), where)
         for i, und in enumerate(self.und):
-            gen = self.gen[i] if where is not None else None
-            x = self._layer(i, und, gen, x, where, others, cos, sin, side, keep, causal)
+            each = partial(_each, (und, und if places is None else self.gen[i]), places)
+            x = self._layer(i, each, x, turn, side, keep, causal)
         return x
 
     def _layer(
         self,
         index: int,
-        und: dict[str, Part],
-        gen: dict[str, Part] | None,
+        each: Each,
         x: Tensor,
-        where: Tensor | None,
-        others: Tensor | None,
-        cos: Tensor,
-        sin: Tensor,
+        turn: tuple[Tensor, Tensor],
         side: Side,
         keep: bool,
         causal: bool,
     ) -> Tensor:
-        def each(part: str, x: Tensor) -> Tensor:
-            """Every token through its own expert's part of that name."""
-            if gen is None:
-                return und[part](x)
-            first = und[part](x[others])
-            out = x.new_zeros(len(x), *first.shape[1:])
-            out[others] = first
-            out[where] = gen[part](x[where])
-            return out
-
         width = self.config.head_dim
         normed = each("input_layernorm", x)
         q = each("q_proj", normed).unflatten(-1, (-1, width))
         k = each("k_proj", normed).unflatten(-1, (-1, width))
         v = each("v_proj", normed).unflatten(-1, (-1, width))
-        q = rotated(each("q_norm", q), cos, sin)[None]
-        k = rotated(each("k_norm", k), cos, sin)
+        q = rotated(each("q_norm", q), *turn)[None]
+        k = rotated(each("k_norm", k), *turn)
         keys, values = self._merged(side.cache[index], k, v)
         if keep:
             side.cache[index] = (keys, values)
         groups = self.config.num_heads // self.config.num_kv_heads
-        expanded = (t.repeat_interleave(groups, dim=1)[None] for t in (keys, values))
-        attended = self.model.attention(q, *expanded, causal)[0].flatten(1)
+        keys, values = (t.repeat_interleave(groups, dim=1)[None] for t in (keys, values))
+        attended = self.model.attention(q, keys, values, causal)[0].flatten(1)
         x = x + each("o_proj", attended)
         return x + each("mlp", each("post_attention_layernorm", x))
 

@@ -1,5 +1,4 @@
-"""The VAE the way the released code runs it, over the weights of vae.py's modules, for the benchmark to
-measure ours against.
+"""The VAE the way the released code runs it, over the weights of ours, to measure ours against.
 
 What differs from ours: every chunk is joined to its past and then padded in all directions, each time into a
 new tensor; norms and what lies between them and the convolution are float32, as autocast has it; images are
@@ -10,6 +9,7 @@ benchmark and its tests uses this.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,30 +32,34 @@ class BaselineVAE:
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels [b, 3, T, H, W] in -1..1 -> the posterior mean, float32 [b, 48, t, h, w]."""
-        config, encoder = self.vae.config, self.vae.encoder
-        x, past, out = patchify(pixels, config.patch), {}, None
-        time = config.temporal_ratio
+        encoder: Any = self.vae.encoder
+        x, time = patchify(pixels, self.vae.config.patch), self.vae.config.temporal_ratio
+        past: Past = {}
+        out: Tensor | None = None
         for i in range(1 + (pixels.shape[2] - 1) // time):
-            piece = _conv(
-                encoder.conv1, x[:, :, 1 + time * (i - 1) : 1 + time * i] if i else x[:, :, :1], past
-            )
+            chunk = x[:, :, 1 + time * (i - 1) : 1 + time * i] if i else x[:, :, :1]
+            chunk = _conv(encoder.conv1, chunk, past)
             for level in encoder.downsamples:
-                piece = _down(level, piece, past)
-            piece = _normed(encoder.head["2"], encoder.head["0"], _middle(encoder.middle, piece, past), past)
-            out = piece if out is None else torch.cat([out, piece], dim=2)
+                chunk = _down(level, chunk, past)
+            chunk = _normed(encoder.head["2"], encoder.head["0"], _middle(encoder.middle, chunk, past), past)
+            out = chunk if out is None else torch.cat([out, chunk], dim=2)
         conv = self.vae.conv1
+        assert out is not None  # there is a frame at least
         return F.conv3d(out, conv.weight, conv.bias).chunk(2, dim=1)[0].float()
 
     def decode(self, latent: Tensor) -> Tensor:
         """Latent [b, 48, t, h, w] -> pixels, float32 [b, 3, T, H, W] in -1..1."""
-        decoder = self.vae.decoder
-        x, past, out = F.conv3d(latent, self.vae.conv2.weight, self.vae.conv2.bias), {}, None
+        decoder: Any = self.vae.decoder
+        x = F.conv3d(latent, self.vae.conv2.weight, self.vae.conv2.bias)
+        past: Past = {}
+        out: Tensor | None = None
         for i in range(latent.shape[2]):
-            piece = _middle(decoder.middle, _conv(decoder.conv1, x[:, :, i : i + 1], past), past)
+            chunk = _middle(decoder.middle, _conv(decoder.conv1, x[:, :, i : i + 1], past), past)
             for level in decoder.upsamples:
-                piece = _up(level, piece, past, first=i == 0)
-            piece = _normed(decoder.head["2"], decoder.head["0"], piece, past)
-            out = piece if out is None else torch.cat([out, piece], dim=2)
+                chunk = _up(level, chunk, past, first=i == 0)
+            chunk = _normed(decoder.head["2"], decoder.head["0"], chunk, past)
+            out = chunk if out is None else torch.cat([out, chunk], dim=2)
+        assert out is not None
         return unpatchify(out, self.vae.config.patch).float().clamp_(-1, 1)
 
 
@@ -72,7 +76,7 @@ def _conv(conv: nn.Conv3d, x: Tensor, past: Past) -> Tensor:
     if before is not None:
         x, missing = torch.cat([before, x], dim=2), CONTEXT - before.shape[2]
     past[conv] = kept
-    _, h, w = conv.padding
+    h, w = (int(side) for side in conv.padding[1:])
     x = F.pad(x, (w, w, h, h, missing, 0))
     return F.conv3d(x.to(conv.weight.dtype), conv.weight, conv.bias)
 
@@ -87,7 +91,8 @@ def _flat(conv: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 def _residual(block: ResidualBlock, x: Tensor, past: Past) -> Tensor:
-    layer, short = block.residual, x
+    layer: Any = block.residual
+    short = x
     if block.shortcut is not None:
         short = F.conv3d(x, block.shortcut.weight, block.shortcut.bias)
     h = _normed(layer["2"], layer["0"], x, past)
@@ -102,7 +107,7 @@ def _attention(block: SpatialAttention, x: Tensor) -> Tensor:
     return _clip(_flat(block.proj, out.contiguous()), b) + x
 
 
-def _middle(blocks: nn.ModuleList, x: Tensor, past: Past) -> Tensor:
+def _middle(blocks: Any, x: Tensor, past: Past) -> Tensor:
     return _residual(blocks[2], _attention(blocks[1], _residual(blocks[0], x, past)), past)
 
 
@@ -126,12 +131,12 @@ def _down(level: DownLevel, x: Tensor, past: Past) -> Tensor:
     return x + cells.unflatten(1, (x.shape[1], -1)).mean(dim=2)
 
 
-def _time(layers: nn.ModuleList) -> int:
+def _time(layers: Any) -> int:
     """How many frames of a level's finer side go with one of its coarser."""
     return 2 if getattr(layers[-1], "time_conv", None) is not None else 1
 
 
-def _shrink(layer: nn.Module, x: Tensor, past: Past) -> Tensor:
+def _shrink(layer: Any, x: Tensor, past: Past) -> Tensor:
     x = _clip(_flat(layer.resample.get_submodule("1"), F.pad(_frames(x), (0, 1, 0, 1))), x.shape[0])
     conv = layer.time_conv
     if conv is None:
@@ -157,7 +162,7 @@ def _up(level: UpLevel, x: Tensor, past: Past, first: bool) -> Tensor:
     return y + (wide[:, :, time - 1 :] if first else wide)
 
 
-def _enlarge(layer: nn.Module, x: Tensor, past: Past, first: bool) -> Tensor:
+def _enlarge(layer: Any, x: Tensor, past: Past, first: bool) -> Tensor:
     if layer.time_conv is not None and not first:
         both = _conv(layer.time_conv, x, past).unflatten(1, (2, -1))
         x = torch.stack([both[:, 0], both[:, 1]], dim=3).flatten(2, 3)

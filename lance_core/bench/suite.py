@@ -8,27 +8,25 @@ do, or not within `patience` seconds, is a row that says why.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
-from ..config import LATENT_CHANNELS
 from ..errors import RequestError
 from ..model.dual_expert import DualExpert
-from ..vae.wan import OUT_OF_MEMORY, WanVAE
-from . import cost as cost
-from .case import Case, case_of
-from .device import free_memory
+from ..model.out_of_memory import OUT_OF_MEMORY
+from ..vae.wan import WanVAE
+from .case import Case, case_of, vae_of
+from .device import free, free_memory
 from .growth import fit, steadiness
 from .measure import STEPS, Bench, limit
-from .report import GIB, seconds_text
+from .options import GROWTH, SMALL_LAYERS, SUITE_ROWS
+from .report import seconds_text
 
+PICTURES = ("encode", "decode")  # the kinds of rows that the VAE does
 TURNS = 2  # of every measure at least, after warm-up
-SMALL_LAYERS = 2
-GROWTH = "growth"
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,7 @@ def _rows(
     video: tuple[int, int, int],
     picture: tuple[int, int],
     clip: tuple[int, int, int],
-):
+) -> tuple[Row, ...]:
     steps = f"{STEPS} guided steps"
     return (
         Row("t2i", f"text to image, {steps}", "denoise", *image),
@@ -115,7 +113,7 @@ SUITES = {
         SMALL_LAYERS,
     ),
 }
-NAMES = (*GOALS, GROWTH)
+NAMES = (*SUITE_ROWS, GROWTH)
 
 
 def run(
@@ -166,7 +164,7 @@ class _Run:
         self.bench, self.suite, self.context, self.patience = bench, SUITES[self.name], context, patience
         self.rows = [row for row in self.suite.rows if row.name not in skip]
         self.growing = GROWTH not in skip
-        decoder = [self.case(row) for row in self.rows if row.kind not in ("encode", "decode")]
+        decoder = [self.case(row) for row in self.rows if row.kind not in PICTURES]
         decoder += [self.grown(1)] if self.growing else []
         total = bench.config.llm.num_layers
         wanted = min(self.suite.layers, total) if layers is None and self.suite.layers else layers
@@ -181,8 +179,8 @@ class _Run:
 
     def case(self, row: Row) -> Case:
         """A row's request."""
-        options = {"batch": row.batch, "edit": row.edit, "context": self.context}
-        return case_of(self.bench.config, f"{row.width}x{row.height}", row.frames, **options)
+        config, size = self.bench.config, f"{row.width}x{row.height}"
+        return case_of(config, size, row.frames, batch=row.batch, edit=row.edit, context=self.context)
 
     def grown(self, latent_frames: int) -> Case:
         """The request whose steps are measured over latent frames."""
@@ -192,27 +190,22 @@ class _Run:
     def result(self) -> dict[str, Any]:
         """Run everything; JSON-ready."""
         found = {row.name: self._entry(row) for row in self.rows}
-        decoder = [
-            row
-            for row in self.rows
-            if row.kind not in ("encode", "decode") and not found[row.name]["skipped"]
-        ]
+        possible = [row for row in self.rows if not found[row.name]["skipped"]]
+        decoder, pictures = (
+            [row for row in possible if (row.kind in PICTURES) == picture] for picture in (False, True)
+        )
         points = self._points() if self.growing else {}
         model = self.bench.decoder(self.layers) if decoder or None in points.values() else None
         for row in decoder:
             self._fill(found[row.name], row, model)
         growth = self._growth(points, model)
         del model
-        self._free()
-        pictures = [
-            row for row in self.rows if row.kind in ("encode", "decode") and not found[row.name]["skipped"]
-        ]
-        if pictures:
-            tower = self.bench.tower("vae")
-            for row in pictures:
-                self._fill(found[row.name], row, tower)
-            del tower
-            self._free()
+        free(self.bench.device)
+        tower = self.bench.tower("vae") if pictures else None
+        for row in pictures:
+            self._fill(found[row.name], row, tower)
+        del tower
+        free(self.bench.device)
         return {
             "suite": self.name,
             "layers": (self.bench.config.llm.num_layers, self.layers, self.cut),
@@ -220,11 +213,6 @@ class _Run:
             "rows": list(found.values()),
             "growth": growth,
         }
-
-    def _free(self) -> None:
-        gc.collect()
-        if self.bench.device.type == "cuda":
-            torch.cuda.empty_cache()
 
     # -- rows ------------------------------------------------------------------------------------------------
 
@@ -236,44 +224,28 @@ class _Run:
 
     def _hindrance(self, row: Row) -> str | None:
         bench, case = self.bench, self.case(row)
-        picture = row.kind in ("encode", "decode")
+        picture = row.kind in PICTURES
         if picture and bench.config.vae is None:
             return "the checkpoint has no VAE"
         if row.kind == "token" and bench.config.vit is None:
             return "the checkpoint has no vision tower"
-        return self._too_large(row.kind, case) or self._too_slow(self._price(row.kind, case))
+        return self._too_large(row.kind, case) or self._too_slow(row.kind, case)
 
     def _too_large(self, kind: str, case: Case) -> str | None:
-        bench, free = self.bench, free_memory(self.bench.device)
-        if kind in ("encode", "decode"):
-            vae = WanVAE(bench.config.vae, device="meta")
-            if kind == "decode":
-                need = vae.memory_estimate_decode((1, LATENT_CHANNELS, *case.grid), bench.dtype)
-            else:
-                need = vae.memory_estimate_encode((1, 3, case.frames, case.height, case.width), bench.dtype)
-            need += bench.dtype.itemsize * sum(p.numel() for p in vae.parameters())
+        bench, there = self.bench, free_memory(self.bench.device)
+        if kind in PICTURES:
+            vae = WanVAE(vae_of(bench.config), device="meta")
+            need = float(bench.dtype.itemsize * sum(p.numel() for p in vae.parameters()))
+            estimate = vae.memory_estimate_decode if kind == "decode" else vae.memory_estimate_encode
+            need += estimate(case.input_shape(kind, bench.config), bench.dtype)
         else:
             need = bench.memory(case, self.layers)
-        return (
-            f"needs about {need / GIB:.1f} GiB and {free / GIB:.1f} are free on {bench.device}"
-            if need > free
-            else None
-        )
+        if need <= there:
+            return None
+        return f"needs about {need / 2**30:.1f} GiB and {there / 2**30:.1f} are free on {bench.device}"
 
-    def _price(self, kind: str, case: Case) -> cost.Cost:
-        """Of one pass of a row's work."""
-        size = self.bench.dtype.itemsize
-        if kind in ("encode", "decode"):
-            return self.bench.picture_cost(kind, case)
-        if kind == "token":
-            return cost.token(self.llm, sum(s.length for s in case.question(self.bench.config).context), size)
-        _, plan = self.bench.planned(case)
-        if kind == "prefill":
-            return cost.prefill(self.llm, plan, size)
-        shared, rests = plan.lengths
-        return cost.step(self.llm, case.grid, [shared + n for n in rests], case.batch, size)
-
-    def _too_slow(self, price: cost.Cost) -> str | None:
+    def _too_slow(self, kind: str, case: Case) -> str | None:
+        price = self.bench.price("step" if kind == "denoise" else kind, case, self.llm)
         passes = (1 + TURNS) * (1 + self.bench.baseline)
         need = passes * limit(price, self.speed)
         if need <= self.patience:
@@ -289,7 +261,7 @@ class _Run:
         """Measure a row."""
         case = self.case(row)
         try:
-            if row.kind in ("encode", "decode"):
+            if row.kind in PICTURES:
                 entry |= self.bench.picture(row.kind, case, model, self.speed)
             elif row.kind == "denoise":
                 entry |= self._denoised(case, model)
@@ -302,20 +274,17 @@ class _Run:
             entry["skipped"] = f"out of memory on {self.bench.device}: {str(error).splitlines()[0]}"
             return
         finally:
-            self._free()
+            free(self.bench.device)
         entry["goals"] = self._against_goals(row.name, entry)
 
     def _denoised(self, case: Case, model: DualExpert) -> dict[str, Any]:
-        """30 steps from the medians of guided and unguided ones, and, where patience allows, 30 steps indeed."""
+        """30 steps from the medians of guided and unguided ones; and in one run, where patience allows."""
         bench = self.bench
         measures = bench.decoder_measures(case, model, ["step"], self.speed)
         entry = bench.denoising(case, measures, extrapolated=False) | {"measures": measures}
         del entry["extrapolated"]  # here, what is made of all layers instead
-        entry |= {
-            key: measures["step"][key]
-            for key in ("working_bytes", "peak_bytes", "profile")
-            if key in measures["step"]
-        }
+        kept = ("working_bytes", "peak_bytes", "profile")
+        entry |= {key: measures["step"][key] for key in kept if key in measures["step"]}
         if "baseline" in entry:
             entry["baseline"]["working_bytes"] = measures["step"]["baseline"]["working_bytes"]
         if "extrapolated" in measures["step"]:
@@ -345,7 +314,7 @@ class _Run:
         """
         cases = {frames: self.grown(frames) for frames in self.suite.latent_frames}
         return {
-            f: self._too_large("denoise", case) or self._too_slow(self._price("denoise", case))
+            f: self._too_large("denoise", case) or self._too_slow("denoise", case)
             for f, case in cases.items()
         }
 
@@ -354,16 +323,17 @@ class _Run:
         if not hindrances:
             return None
         points, skipped = [], []
+        bench = replace(self.bench, profile=False)
         for frames, hindrance in hindrances.items():
-            if hindrance:
+            if hindrance or model is None:
                 skipped.append({"latent_frames": frames, "skipped": hindrance})
                 continue
             case = self.grown(frames)
-            measures = replace(self.bench, profile=False).decoder_measures(
+            measures = bench.decoder_measures(
                 case, model, ["step"], self.speed, extrapolate=False, unguided=False
             )
             points.append({"latent_frames": frames, "tokens": case.tokens} | measures["step"])
-            self._free()
+            free(bench.device)
         w, h = self.suite.growth
         out: dict[str, Any] = {
             "width": w,

@@ -12,7 +12,6 @@ Besides the released folders, a single safetensors file is read when its metadat
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -23,29 +22,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import LanceConfig, Shapes, llm_config, numbered, read_json, vae_config, variant_of, vit_config
+from ..config import LanceConfig, llm_config, vae_config, variant_of, vit_config
 from ..errors import CheckpointError
 from ..inputs.tokenizer import Tokenizer
 from ..model.ops import TorchOps
 from ..model.vit import VisionTower
+from ..stored_values import Shapes, numbered, read_json
 from ..vae.wan import WanVAE
-from . import loading
+from . import finding, loading
+from .finding import CONFIG_FILE, VAE_FILES, VIT_CONFIG, VIT_FILE, VIT_FOLDER, Given, Shards
+from .finding import MODEL_FILES as MODEL_FILES
+from .finding import stored_config as stored_config
 from .loading import Progress
 from .quantize import IGNORED_SUFFIXES, ON_DISK, SIDE_TENSORS, Format, formats_of
-from .tensor_files import SafetensorsFile, WeightFile, open_weights
+from .tensor_files import WeightFile, open_weights
 
 PARTS = ("und", "gen", "vit", "vae")
-MODEL_FILES = ("model.safetensors", "ema.safetensors")
-VIT_FOLDER, VIT_FILE = "Qwen2.5-VL-ViT", "vit.safetensors"
-VAE_FILES = ("Wan2.2_VAE.pth", "Wan2.2_VAE.safetensors", "wan2.2_vae.safetensors")
-# A fixed table, computed instead whatever its shape; and ComfyUI's mark of a scaled fp8 file, told by the
-# tensors themselves.
+# Ignored: the position table, which is recomputed, and ComfyUI's mark of a scaled fp8 file: formats are
+# detected from dtypes.
 IGNORED = ("latent_pos_embed.pos_embed", "scaled_fp8")
 VIT_PREFIXES, VAE_PREFIXES = ("vit_model.", "visual."), ("vae.", "first_stage_model.")
-CONFIG_KEYS, TOKENIZER_KEYS = (
-    ("llm_config", "llm_config.json", "config", "config.json"),
-    ("tokenizer", "tokenizer.json"),
-)
 
 
 @dataclass(frozen=True)
@@ -115,90 +111,57 @@ def released_name(key: str, generation: bool) -> str:
     return f"language_model.{key}" if key.startswith("lm_head.") else f"language_model.model.{key}"
 
 
-def stored_config(metadata: dict[str, str], path: Path) -> dict[str, Any]:
-    """What a single file says of itself: {"llm_config": ..., "tokenizer": ..., "vit_config": ... or absent}.
-
-    Raises:
-        CheckpointError: it does not say enough.
-    """
-
-    def parse(text: str) -> Any:
-        try:
-            return json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(
-                f"{path}: the metadata in its header is not JSON ({error}); get the file again."
-            ) from None
-
-    told = parse(metadata["lance"]) if "lance" in metadata else {}
-    if not isinstance(told, dict):
-        raise CheckpointError(
-            f"{path}: the `lance` metadata in its header is no JSON object; get the file again."
-        )
-    for wanted, keys in (
-        ("llm_config", CONFIG_KEYS),
-        ("tokenizer", TOKENIZER_KEYS),
-        ("vit_config", ("vit_config",)),
-    ):
-        for key in keys:
-            if wanted not in told and key in metadata:
-                told[wanted] = parse(metadata[key])
-    missing = [name for name in ("llm_config", "tokenizer") if not isinstance(told.get(name), dict)]
-    if missing:
-        raise CheckpointError(
-            f"{path} is a single file without {' and '.join(missing)} in its metadata, so it cannot be read "
-            "on its own; "
-            "use the released folder, or make a file with `python -m lance_core convert`."
-        )
-    return told
-
-
 class Checkpoint:
     """An opened checkpoint: all names and shapes known and checked, no weights read yet.
 
     Args:
-        path: a released folder (`.../Lance_3B` or `.../Lance_3B_Video`).
+        path: a released folder (`.../Lance_3B` or `.../Lance_3B_Video`), the same in a Hugging Face cache, or
+            a single file that `convert` wrote.
         vit, vae: files or folders to use instead of the ones found inside or beside it.
 
     Raises:
         CheckpointError: something is missing, damaged or of another model; the message names it.
     """
 
-    def __init__(
-        self,
-        path: str | os.PathLike,
-        vit: str | os.PathLike | None = None,
-        vae: str | os.PathLike | None = None,
-    ) -> None:
-        self.path = Path(path)
-        self.parts: dict[str, Part] = {}
-        told: dict[str, Any] = {}
-        if self.path.is_file():
-            file = self._open_single_file()
-            told = stored_config(file.metadata, self.path)
-            raw, self.tokenizer = told["llm_config"], Tokenizer(told["tokenizer"], str(self.path))
-            if isinstance(told.get("vit_config"), dict):
-                raw = {**raw, "vision_config": told["vit_config"]}
-        else:
-            file = self._open_model_file()
-            raw = read_json(self.path / "llm_config.json")
-            self.tokenizer = Tokenizer.from_folder(self.path)
-        unexpected = self._sort_tensors(file)
-        vit_raw = self._find_vit(vit, raw)
-        vae_path = self._find_vae(vae)
+    path: Path
+    parts: dict[str, Part]
+    tokenizer: Tokenizer
+    config: LanceConfig
+    candidates: tuple[Path, ...]
+    """Every file that was opened or looked for, there or not: see `finding.fingerprint`."""
 
-        llm = llm_config(raw, file.shapes, str(self.path))
+    def __init__(self, path: str | os.PathLike, vit: Given = None, vae: Given = None) -> None:
+        try:
+            self.path = finding.resolve(path)
+            self.candidates = tuple(finding.candidates(path, vit, vae))
+            self._open(vit, vae)
+        except OSError as error:  # a name too long, a folder that may not be read
+            raise CheckpointError(f"{str(path)[:200]} cannot be read ({str(error)[:200]}).") from None
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The candidates that are there."""
+        return tuple(path for path in self.candidates if path.is_file())
+
+    def _open(self, vit: Given, vae: Given) -> None:
+        file, raw, told = self._read_model()
+        unexpected = self._sort_tensors(file)
+        where = str(self.path)
+        vit_raw = self._add_vit(vit, raw)
+        vae_path = self._add_vae(vae)
+
+        llm = llm_config(raw, file.shapes, where)
         if len(self.tokenizer) > llm.vocab_size:
             raise CheckpointError(
-                f"{self.path}: the tokeniser has {len(self.tokenizer)} tokens, the embeddings "
-                f"{llm.vocab_size} rows: they are of two models."
+                f"{where}: the tokeniser has {len(self.tokenizer)} tokens, the embeddings {llm.vocab_size} "
+                "rows: they are of two models."
             )
-        vision = vit_config(vit_raw, str(self.path)) if vit_raw else None
-        blocks = numbered(self.parts["vit"].shapes, "blocks.", str(self.path))
+        vision = vit_config(vit_raw, where) if self.parts["vit"].tensors else None
+        blocks = numbered(self.parts["vit"].shapes, "blocks.", where)
         if vision and vision.depth != blocks:
             raise CheckpointError(
-                f"{self.path}: the ViT's configuration says {vision.depth} blocks, its file has {blocks}: "
-                "they are of two models."
+                f"{where}: the ViT's configuration says {vision.depth} blocks, its file has {blocks}: they "
+                "are of two models."
             )
         wan = vae_config(self.parts["vae"].shapes, str(vae_path)) if vae_path else None
         variant = told.get("variant")
@@ -206,37 +169,29 @@ class Checkpoint:
         self.config = LanceConfig(llm, vision, wan, variant, raw)
         if vision and vision.out_hidden_size != llm.hidden_size:
             raise CheckpointError(
-                f"{self.path}: the ViT writes embeddings of width {vision.out_hidden_size}, the decoder "
-                f"reads {llm.hidden_size}: "
-                "they are of two models."
+                f"{where}: the ViT writes embeddings of width {vision.out_hidden_size}, the decoder reads "
+                f"{llm.hidden_size}: they are of two models."
             )
         self._check(unexpected)
 
     # -- finding ---------------------------------------------------------------------------------------------
 
-    def _open_single_file(self) -> SafetensorsFile:
-        if self.path.suffix.lower() != ".safetensors":
-            raise CheckpointError(
-                f"{self.path} is no checkpoint; expected a folder such as models/lance/Lance_3B, or a "
-                ".safetensors file."
-            )
-        return SafetensorsFile(self.path)
+    def _read_model(self) -> tuple[WeightFile | Shards, dict[str, Any], dict[str, Any]]:
+        """Model file, configuration, and what a single file says of itself; the tokeniser is made."""
+        if self.path.exists() and not self.path.is_dir():
+            single = finding.open_single_file(self.path)
+            told = finding.stored_config(single.metadata, self.path)
+            self.tokenizer = Tokenizer(told["tokenizer"], str(self.path))
+            raw = dict(told["llm_config"])
+            if isinstance(told.get("vit_config"), dict):
+                raw["vision_config"] = told["vit_config"]
+            return single, raw, told
+        file = finding.open_model(self.path)
+        raw = read_json(self.path / CONFIG_FILE)
+        self.tokenizer = Tokenizer.from_folder(self.path)
+        return file, raw, {}
 
-    def _open_model_file(self) -> WeightFile:
-        if not self.path.is_dir():
-            raise CheckpointError(
-                f"{self.path} does not exist; expected a checkpoint folder such as models/lance/Lance_3B."
-            )
-        for name in MODEL_FILES:
-            if (self.path / name).is_file():
-                return open_weights(self.path / name)
-        inner = [p.parent.name for p in self.path.glob("*/model.safetensors")]
-        hint = f" Did you mean {self.path / inner[0]}?" if inner else ""
-        raise CheckpointError(
-            f"{self.path} is not a Lance checkpoint: it has no {' or '.join(MODEL_FILES)}.{hint}"
-        )
-
-    def _sort_tensors(self, file: WeightFile) -> list[str]:
+    def _sort_tensors(self, file: WeightFile | Shards) -> list[str]:
         """Fill the parts with the model file's tensors; returns the names that belong to none."""
         found: dict[str, dict[str, tuple[WeightFile, str]]] = {name: {} for name in PARTS}
         unexpected = []
@@ -245,52 +200,36 @@ class Checkpoint:
             if where is None:
                 unexpected += [] if key in IGNORED else [key]
             elif where[1].rpartition(".")[2] not in IGNORED_SUFFIXES:
-                found[where[0]][where[1]] = (file, key)
+                holder = file.holders[key] if isinstance(file, Shards) else file
+                found[where[0]][where[1]] = (holder, key)
         self.parts = {name: Part(tensors) for name, tensors in found.items()}
         return unexpected
 
-    def _find_vit(self, given: str | os.PathLike | None, raw: dict) -> dict | None:
+    def _add_vit(self, given: Given, raw: dict[str, Any]) -> Any:
         """Point the "vit" part at its file; returns its configuration, None where there is no ViT."""
         inside = bool(self.parts["vit"].tensors)
-        candidates = (
-            [Path(given)]
-            if given
-            else []
-            if inside
-            else [self.path / VIT_FOLDER, self.path.parent / VIT_FOLDER]
-        )
-        for place in candidates:
-            path = place / VIT_FILE if place.is_dir() else place
-            if not path.is_file():
-                continue
+        path = finding.find_vit(self.path, given) if given or not inside else None
+        if path:
             file = open_weights(path)
             self.parts["vit"] = Part({key: (file, key) for key in file.shapes})
-            beside = path.parent / "config.json"
-            config = read_json(beside) if beside.is_file() else raw
+            beside = path.parent / VIT_CONFIG
+            config = read_json(beside) if beside.exists() else raw
             return config.get("vision_config", config)
-        if given:
-            raise CheckpointError(
-                f"{given} (given as vit=) is neither a vision tower file nor a folder with {VIT_FILE}."
-            )
         if inside and not isinstance(raw.get("vision_config"), dict):
             raise CheckpointError(
-                f"{self.path}: llm_config.json has no vision_config for the ViT inside; download it again."
+                f"{self.path}: {CONFIG_FILE} has no vision_config for the ViT inside; download it again."
             )
         return raw["vision_config"] if inside else None
 
-    def _find_vae(self, given: str | os.PathLike | None) -> Path | None:
+    def _add_vae(self, given: Given) -> Path | None:
+        """Point the "vae" part at its file; returns the file, None where there is no VAE."""
         if not given and self.parts["vae"].tensors:
             return self.path
-        folders = (self.path, self.path.parent)
-        candidates = [Path(given)] if given else [folder / name for folder in folders for name in VAE_FILES]
-        for path in candidates:
-            if path.is_file():
-                file = open_weights(path)
-                self.parts["vae"] = Part({key: (file, key) for key in file.shapes})
-                return path
-        if given:
-            raise CheckpointError(f"{given} (given as vae=) does not exist; expected Wan2.2_VAE.pth.")
-        return None
+        path = finding.find_vae(self.path, given)
+        if path:
+            file = open_weights(path)
+            self.parts["vae"] = Part({key: (file, key) for key in file.shapes})
+        return path
 
     # -- checking and loading --------------------------------------------------------------------------------
 

@@ -21,7 +21,8 @@ from ..config import to_json
 from ..errors import CheckpointError, RequestError
 from .checkpoint import Checkpoint, Progress, released_name
 from .quantize import FORMATS, Format, marker, quantisable, stored_names
-from .tensor_files import Planned, WeightFile, write_safetensors
+from .tensor_files import WeightFile
+from .writing import Planned, write_safetensors
 
 PLAIN = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPES = (*PLAIN, *FORMATS)

@@ -22,7 +22,7 @@ def describe(
     """
     checkpoint = Checkpoint(path, vit, vae)
     config = checkpoint.config
-    parts = {}
+    parts: dict[str, dict[str, Any]] = {}
     for name in PARTS:
         part = checkpoint.parts[name]
         if part.tensors:

@@ -1,4 +1,4 @@
-"""Quantised linear layers: the formats ComfyUI's own kernels read, made and undone in plain PyTorch.
+"""Quantised linear layers: the formats that ComfyUI's kernels read, encoded and decoded in plain PyTorch.
 
 | format | weight | beside it | bits |
 |---|---|---|---|
@@ -20,6 +20,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -187,7 +188,8 @@ def _nvfp4_scale(parts: Mapping[str, Tensor], n: int, k: int, dtype: torch.dtype
 
 
 def _nvfp4_levels(weight: Tensor, beside: Mapping[str, Tensor]) -> Tensor:
-    scale = _nvfp4_scale(beside, *weight.shape, torch.float32)
+    n, k = weight.shape
+    scale = _nvfp4_scale(beside, n, k, torch.float32)
     return torch.cat(
         [
             _codes(rows.unflatten(1, (-1, BLOCK)), s)
@@ -305,7 +307,7 @@ def quantisable(name: str, layers: int | None = None) -> bool:
     """Whether a module's tensor may be quantised: a matrix of a decoder layer's attention or feed-forward.
 
     Given the number of `layers`, the first and the last stay as they are: on random weights of 4 layers that
-    drifted less than keeping the two in the middle (scripts/measure_quality.py); trained weights were not at
+    drifted less than keeping the two in the middle (`bench quality`); trained weights were not at
     hand.
     """
     if not (name.startswith("layers.") and name.endswith("_proj.weight")):
@@ -314,7 +316,7 @@ def quantisable(name: str, layers: int | None = None) -> bool:
 
 
 class QuantLinear(nn.Module):
-    """A linear layer whose weight is kept quantised and undone for each product."""
+    """A linear layer whose weight is kept quantised, and dequantised for each product."""
 
     def __init__(
         self, format: Format, in_features: int, out_features: int, bias: bool, device=None, dtype=None
@@ -340,12 +342,12 @@ def swap(
     formats: Mapping[str, Format],
     make: Callable[[Format, nn.Module], nn.Module] | None = None,
 ) -> nn.Module:
-    """Replace the named linear layers by quantised ones without weights. `make` builds a host's own kind of
-    layer.
+    """Replace the named linear layers by quantised ones without weights. `make` builds ComfyUI's kind of
+    layer instead.
     """
     for name, format in formats.items():
         parent, _, leaf = name.rpartition(".")
-        linear = module.get_submodule(name)
+        linear: Any = module.get_submodule(name)  # nn.Linear, or what ComfyUI has for it
         new = (
             make(format, linear)
             if make

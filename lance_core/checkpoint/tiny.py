@@ -6,20 +6,25 @@ so code that hard-codes a size fails on it.
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import os
+from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..config import IMAGE_TABLE_ROWS, LLMConfig, VAEConfig, ViTConfig, to_json
-from ..errors import RequestError
+from ..errors import CheckpointError, RequestError
+from ..files import kind_of, staged
+from ..inputs.tokenizer import byte_alphabet, tokenizer_json
 from ..model.dual_expert import Generation, Understanding
 from ..model.vit import VisionTower
 from ..vae.wan import WanVAE
 from .checkpoint import released_name
+from .writing import Planned, write_safetensors
 
 ADDED = [
     "<|endoftext|>",
@@ -57,17 +62,43 @@ def write(
     The same seed gives the same files.
 
     Raises:
-        RequestError: the folder holds a checkpoint already.
+        RequestError: the folder holds a checkpoint already, or is no folder.
+        CheckpointError: it cannot be written, or the disk is full; nothing of the checkpoint is left then.
     """
     root = Path(folder)
-    if any((root / name).exists() for name in ("Lance_3B", "Lance_3B_Video", "Wan2.2_VAE.pth")):
-        raise RequestError(f"{root} already holds a checkpoint, which is not overwritten; name a new folder")
+    names = ("Lance_3B", "Lance_3B_Video", "Qwen2.5-VL-ViT", "Wan2.2_VAE.pth")
+    try:
+        if root.exists() and not root.is_dir():
+            raise RequestError(f"{root} is {kind_of(root.stat().st_mode)}, no folder; name a new folder")
+        if any(os.path.lexists(root / name) for name in names):
+            raise RequestError(
+                f"{root} already holds a checkpoint, which is not overwritten; name a new folder"
+            )
+        new = not root.exists()
+        (root.parent if new else root).mkdir(parents=True, exist_ok=True)
+        with staged(root if new else root / "tiny") as staging:
+            _write_files(staging, llm, vit, vae, seed, dtype)
+            if new:
+                os.rename(staging, root)
+            else:
+                for name in reversed(names):  # the model folders last
+                    os.rename(staging / name, root / name)
+    except OSError as error:
+        raise CheckpointError(f"{root} cannot be written ({error}).") from None
+    return root
+
+
+def _write_files(
+    root: Path, llm: LLMConfig, vit: ViTConfig, vae: VAEConfig, seed: int, dtype: torch.dtype
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     vit_weights = _random(VisionTower(vit, device="meta"), generator, dtype)
-    (root / "Qwen2.5-VL-ViT").mkdir(parents=True)
+    (root / "Qwen2.5-VL-ViT").mkdir()
     _write_json(root / "Qwen2.5-VL-ViT" / "config.json", to_json(vit) | {"model_type": "qwen2_5_vl"})
-    save_file(vit_weights, root / "Qwen2.5-VL-ViT" / "vit.safetensors")
-    torch.save(_random(WanVAE(vae, device="meta"), generator, dtype), root / "Wan2.2_VAE.pth")
+    _save(vit_weights, root / "Qwen2.5-VL-ViT" / "vit.safetensors")
+    archive = io.BytesIO()  # torch itself ends the process in C++ where its file cannot be finished
+    torch.save(_random(WanVAE(vae, device="meta"), generator, dtype), archive)
+    (root / "Wan2.2_VAE.pth").write_bytes(archive.getbuffer())
     for name in ("Lance_3B", "Lance_3B_Video"):
         weights = {}
         for kind in (Understanding, Generation):
@@ -81,14 +112,22 @@ def write(
         else:
             weights |= {f"vit_model.{key}": tensor for key, tensor in vit_weights.items()}
         (root / name).mkdir()
-        save_file(weights, root / name / "model.safetensors")
+        _save(weights, root / name / "model.safetensors")
         _write_json(root / name / "llm_config.json", llm_json(llm, vit))
         _write_tokenizer(root / name)
-    return root
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    planned = [Planned(k, t.dtype, tuple(t.shape), partial(_same, t)) for k, t in tensors.items()]
+    write_safetensors(path, planned, {})
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _random(module: nn.Module, generator: torch.Generator, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Weights that keep activations near unit size: norms near 1, matrices at 1/sqrt(fan in), small biases."""
+    """Weights that keep activations near unit size: norms near 1, matrices 1/sqrt(fan in), small biases."""
     weights = {}
     for name, meta in module.state_dict().items():
         draw = torch.randn(meta.shape, generator=generator)
@@ -121,34 +160,13 @@ def llm_json(llm: LLMConfig, vit: ViTConfig) -> dict:
     }
 
 
-def _byte_alphabet() -> list[str]:
-    """The character that stands for each byte in GPT-2's byte-level BPE: printable ones for themselves,
-    others from U+0100.
-    """
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = iter(range(256, 512))
-    return [chr(b if b in printable else next(others)) for b in range(256)]
-
-
 def _write_tokenizer(folder: Path) -> None:
     """A byte tokeniser in the checkpoint's file names: every byte a token, no merges, the special tokens by
     name.
     """
-    vocab = {character: i for i, character in enumerate(_byte_alphabet())}
+    vocab = {character: i for i, character in enumerate(byte_alphabet())}
     added = {name: len(vocab) + i for i, name in enumerate(ADDED)}
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    definition = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [{"id": i, "content": name, **flags} for name, i in added.items()],
-        "normalizer": {"type": "NFC"},
-        "pre_tokenizer": level,
-        "post_processor": None,
-        "decoder": level,
-        "model": {"type": "BPE", "vocab": vocab, "merges": []},
-    }
+    definition = tokenizer_json(vocab, [], added)
     _write_json(folder / "tokenizer.json", definition)
     _write_json(folder / "vocab.json", vocab)
     _write_json(folder / "added_tokens.json", added)

@@ -1,192 +1,189 @@
-"""Bytes from a server to a disk, whatever either does: never stuck, resumable, hashed on the way.
+"""Requests to a server: files from where they end, and JSON. Never stuck, and failures told apart.
 
-Whatever may block runs in a thread, while the caller's thread looks at `check` and tells `progress` four
-times a second.
+One client for everything, urllib's, which comes with Python: huggingface_hub's own downloads notice an
+interrupt only when a read returns, and its client is another one in each of its releases (requests, httpx,
+httpx2), each with an idea of its own of proxies. Here: HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY in
+either case, or the system's setting; the proxy is an HTTP or a SOCKS5 one (`proxy`).
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import functools
-import hashlib
 import http.client
 import importlib.util
-import logging
+import json
 import os
-import queue
 import re
 import ssl
-import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
-CHUNK = 1 << 20  # bytes read at a time
-POLL = 0.25  # seconds between looks at `check`
-STALL = 30.0  # seconds without a byte before a connection is given up
-LOG_EVERY = 30.0  # seconds
-LOG = logging.getLogger(__name__)
+from ..files import open_append, open_regular
+from . import watch as watching
+from .proxy import Proxies, handlers
+from .record import Expected
+from .watch import Watch
 
-Progress = Callable[[str, int, int], None]  # what is going on, bytes done, bytes in all (0: unknown)
+STALL = 30.0  # seconds without a byte before a connection is given up
+MAX_JSON = 32 << 20  # bytes of a listing
 
 
 class Transient(Exception):
     """A failure of the network that may not come again."""
 
 
-class WrongSize(Exception):
-    """The server offers something else than the file expected."""
+class WrongFile(Exception):
+    """The server offers something else than what was asked for."""
 
 
-class Entry(NamedTuple):
-    """What a file must be: its size in bytes, and the SHA-256 of its content or (40 digits) the SHA-1 of its
-    git blob.
-    """
-
-    size: int
-    digest: str
-
-    def hasher(self) -> Any:
-        return (
-            hashlib.sha256()
-            if len(self.digest) == 64
-            else hashlib.sha1(b"blob %d\0" % self.size, usedforsecurity=False)
-        )
-
-
-class Watch:
-    """Keeps the caller informed, and asks whether to go on, while something takes long."""
-
-    def __init__(self, progress: Progress | None, check: Callable[[], None] | None) -> None:
-        self.progress, self.check = progress or (lambda *_: None), check or (lambda: None)
-        self.told, self.logged = 0.0, time.monotonic()
-        self.stage("looking", 0, 0)
-
-    def stage(self, what: str, done: int, total: int) -> None:
-        self.what, self.done, self.total = what, done, total
-        self.tick(force=True)
-
-    def tick(self, force: bool = False) -> None:
-        now = time.monotonic()
-        if force or now - self.told >= POLL:
-            self.told = now
-            self.check()
-            self.progress(self.what, self.done, self.total)
-        if now - self.logged >= LOG_EVERY:
-            self.logged = now
-            LOG.info("%s: %.2f of %.2f GB", self.what, self.done / 1e9, self.total / 1e9)
-
-    def sleep(self, seconds: float) -> None:
-        end = time.monotonic() + seconds
-        while (left := end - time.monotonic()) > 0:
-            self.tick()
-            time.sleep(min(POLL, left))
-
-    def outcome(self, call: Callable[..., Any], *args: Any) -> tuple[Any, Exception | None]:
-        """What `call` returned or raised. It runs in a thread, so nothing that blocks in it keeps us from
-        ticking.
-        """
-        box: queue.SimpleQueue = queue.SimpleQueue()
-
-        def work() -> None:
-            try:
-                box.put((call(*args), None))
-            except Exception as error:
-                box.put((None, error))
-
-        threading.Thread(target=work, daemon=True).start()
-        while True:
-            self.tick()
-            with contextlib.suppress(queue.Empty):
-                return box.get(timeout=POLL)
-
-    def hash_into(self, hasher: Any, path: Path) -> int:
-        """Hash a file; returns its size."""
-        outer = self.what, self.done, self.total
-        self.stage(f"checking {path.name}", 0, path.stat().st_size)
-        with open(path, "rb", buffering=0) as file:
-            while piece := file.read(CHUNK):
-                hasher.update(piece)
-                self.done += len(piece)
-                self.tick()
-        size = self.done
-        self.stage(*outer)
-        return size
-
-
-@contextlib.contextmanager
-def locked(path: Path, watch: Watch) -> Iterator[None]:
-    """One download at a time in a folder. The system's lock on an open file: it goes when the process does,
-    however it ends.
-    """
-    with open(path, "ab") as file:
-        while not _try_lock(file):
-            watch.what = "waiting for another download into this folder"
-            watch.sleep(POLL)
-        yield
-
-
-def _try_lock(file: Any) -> bool:
-    try:
-        if os.name == "nt":
-            import msvcrt
-
-            file.seek(0)
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
-            LOG.warning("this disk knows no locks (%s); do not start two downloads into one folder", error)
-            return True
-        return False
-    return True
+class BadRedirect(Exception):
+    """The server sends on to an address that is not followed."""
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Redirects as the hub sends them to its storage: the token stays with the host it is for."""
-
-    http_error_308 = urllib.request.HTTPRedirectHandler.http_error_302  # not known to Python 3.10
+    """Redirects as the hub sends them to its storage: to https, or with the scheme there is; the token stays
+    with the host it is for.
+    """
 
     def redirect_request(self, req, fp, code, msg, headers, newurl):
+        old, target = urlsplit(req.full_url), urlsplit(newurl)
+        if target.scheme not in ("https", old.scheme) or not target.hostname:
+            raise BadRedirect(f"{old.netloc} sends on to {newurl[:80]!r}, which is not https")
         new = super().redirect_request(req, fp, 307 if code == 308 else code, msg, headers, newurl)
-        if new is not None and urlsplit(newurl)[:2] != urlsplit(req.full_url)[:2]:
+        if new is not None and target[:2] != old[:2]:
             new.remove_header("Authorization")
         return new
 
+    def http_error_302(self, req, fp, code, msg, headers):
+        target = headers.get("Location") or headers.get("URI") or ""
+        try:
+            scheme = urlsplit(target).scheme
+        except ValueError:
+            raise BadRedirect(f"the server sends on to {target[:80]!r}, which is no address") from None
+        if scheme not in ("", "http", "https"):
+            raise BadRedirect(f"the server sends on to {target[:80]!r}, which is not https")
+        return super().http_error_302(req, fp, code, msg, headers)
+
+    # 308 is not known to Python 3.10.
+    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
+
 
 @functools.cache
-def _opener() -> urllib.request.OpenerDirector:
+def _context() -> ssl.SSLContext:
+    """The system's certificates and certifi's: some Pythons find none of the system's."""
     context = ssl.create_default_context()
-    certifi = importlib.util.find_spec(
-        "certifi"
-    )  # comes with huggingface_hub; some Pythons have no certificates else
+    certifi = importlib.util.find_spec("certifi")  # comes with huggingface_hub
     if certifi and certifi.origin:
         context.load_verify_locations(Path(certifi.origin).with_name("cacert.pem"))
-    return urllib.request.build_opener(_Redirects, urllib.request.HTTPSHandler(context=context))
+    return context
 
 
-class Part:
+class Client:
+    """Opens addresses, by one idea of the proxies for all of them.
+
+    Raises:
+        ValueError: a proxy's address is of no known kind.
+    """
+
+    def __init__(self) -> None:
+        self.proxies = Proxies.from_environment()
+        self._opener = urllib.request.build_opener(_Redirects, *handlers(self.proxies, _context()))
+
+    def open(self, url: str, headers: dict[str, str], watch: Watch) -> http.client.HTTPResponse:
+        """The answer, its body not yet read.
+
+        Raises:
+            Transient: the network failed; another try may do better.
+            BadRedirect: see there, or `url` is no address.
+            urllib.error.HTTPError: the server refused in a way that another try will not change.
+        """
+        request = urllib.request.Request(url, headers=headers | {"Accept-Encoding": "identity"})
+        return _ask(watch, lambda: self._opener.open(request, timeout=STALL))
+
+    def json(self, url: str, headers: dict[str, str], watch: Watch) -> Any:
+        """The JSON at an address. Raises as `open`, and WrongFile if it is none."""
+        response = self.open(url, headers, watch)
+        data = b""
+        while chunk := _ask(watch, lambda: _take(response, watching.CHUNK)):
+            data += chunk
+            if len(data) > MAX_JSON:
+                raise WrongFile(f"more than {MAX_JSON >> 20} MB where a listing was expected")
+        response.close()
+        try:
+            return json.loads(data)
+        except (ValueError, RecursionError):
+            raise WrongFile("no JSON where a listing was expected") from None
+
+    def receive(self, url: str, headers: dict[str, str], part: PartFile, watch: Watch) -> None:
+        """One request, from where the part ends to the end of the file; `watch.done` goes up with it.
+
+        Raises:
+            WrongFile: it is not the file expected; else as `open`.
+        """
+        start, size = part.size, part.expected.size
+        base = watch.done - start
+        response = self.open(url, headers | ({"Range": f"bytes={start}-"} if start else {}), watch)
+        span = re.fullmatch(
+            r"bytes (\d{1,18})-\d{1,18}/(\d{1,18})", response.headers.get("Content-Range") or ""
+        )
+        length = int(span[2]) if span else response.length if response.status == 200 else None
+        if length not in (None, size):
+            raise WrongFile(f"{_short(url)} offers {length} bytes where {size} were expected")
+        if response.status != 206:  # the server does not do ranges
+            part.restart()
+        elif not span or int(span[1]) != start:
+            raise Transient("the server sent another range than asked for")
+        while chunk := _ask(watch, lambda: _take(response, min(watching.CHUNK, size - part.size + 1))):
+            part.write(chunk)
+            watch.done = base + part.size
+            if part.size > size:
+                part.restart()
+                raise WrongFile(f"{_short(url)} sends more than the {size} bytes expected")
+        response.close()
+        if part.size < size:
+            raise Transient("the connection ended early")
+
+
+def _short(url: str) -> str:
+    """An address for a message: its host and its file."""
+    parts = urlsplit(url)
+    return f"{parts.netloc[:60]}…/{parts.path.rpartition('/')[2][:60]}"
+
+
+class PartFile:
     """The bytes of a file so far, on disk, and their running hash. A restart unlinks, as the file may be a
     link to the cache's.
     """
 
-    def __init__(self, path: Path, entry: Entry) -> None:
-        self.path, self.entry, self.hasher, self.size, self.file = path, entry, entry.hasher(), 0, None
+    def __init__(self, path: Path, expected: Expected) -> None:
+        self.path, self.expected, self.hasher, self.size = path, expected, expected.hasher(), 0
+        self.file: BinaryIO | None = None
 
-    def write(self, piece: bytes) -> None:
-        self.file = self.file or open(self.path, "ab")  # noqa: SIM115 - open from the first piece to `close`
-        self.file.write(piece)
+    def resume(self, watch: Watch) -> None:
+        """Go on with what an earlier try left, if it can be the beginning of the file."""
+        if not os.path.lexists(self.path):
+            self.path.touch()
+        elif self.path.is_symlink() or not (self.path.is_file() or self.path.is_dir()):
+            self.restart()  # what it leads to is not ours to write to
+        found = self.path.stat() if self.path.exists() else None
+        if found is None or found.st_size > self.expected.size:
+            self.restart()
+        elif found.st_nlink > 1 and found.st_size < self.expected.size:
+            self.restart()  # a cut file of the hub's cache
+        elif not self.size:
+            self.size = watch.hash_into(self.hasher, self.path)
+
+    def write(self, chunk: bytes) -> None:
+        self.file = self.file or open_append(self.path)
+        self.file.write(chunk)
         self.file.flush()
-        self.hasher.update(piece)
-        self.size += len(piece)
+        self.hasher.update(chunk)
+        self.size += len(chunk)
 
     def close(self, sync: bool = False) -> None:
         if self.file:
@@ -201,47 +198,15 @@ class Part:
         try:
             os.link(other, self.path)
         except OSError:
-            with open(other, "rb", buffering=0) as file:
-                while piece := file.read(CHUNK):
-                    self.write(piece)
+            with open_regular(other, buffering=0) as file:
+                while chunk := file.read(watching.CHUNK):
+                    self.write(chunk)
                     watch.tick()
 
     def restart(self) -> None:
         self.close()
         self.path.unlink(missing_ok=True)
-        self.hasher, self.size = self.entry.hasher(), 0
-
-
-def receive(url: str, headers: dict[str, str], part: Part, watch: Watch) -> None:
-    """One request, from where the part ends to the end of the file; `watch.done` goes up with it.
-
-    Raises:
-        Transient: the network failed; another try may do better, and goes on where this one stopped.
-        WrongSize: it is not the file expected.
-        urllib.error.HTTPError: the server refused in a way that another try will not change.
-    """
-    start, size = part.size, part.entry.size
-    base = watch.done - start
-    headers = headers | {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
-    request = urllib.request.Request(url, headers=headers)
-    response = _ask(watch, lambda: _opener().open(request, timeout=STALL))
-    span = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range") or "")
-    length = int(span[2]) if span else response.length if response.status == 200 else None
-    if length not in (None, size):
-        raise WrongSize(f"{url} offers {length} bytes where {size} were expected")
-    if response.status != 206:  # the server does not do ranges
-        part.restart()
-    elif not span or int(span[1]) != start:
-        raise Transient("the server sent another range than asked for")
-    while piece := _ask(watch, lambda: _take(response, min(CHUNK, size - part.size + 1))):
-        part.write(piece)
-        watch.done = base + part.size
-        if part.size > size:
-            part.restart()
-            raise WrongSize(f"{url} sends more than the {size} bytes expected")
-    response.close()
-    if part.size < size:
-        raise Transient("the connection ended early")
+        self.hasher, self.size = self.expected.hasher(), 0
 
 
 def _ask(watch: Watch, call: Callable[[], Any]) -> Any:
@@ -249,9 +214,14 @@ def _ask(watch: Watch, call: Callable[[], Any]) -> Any:
     value, error = watch.outcome(call)
     if error is None:
         return value
-    lasting = isinstance(error, urllib.error.HTTPError) and error.code < 500 and error.code not in (408, 429)
-    if not lasting and isinstance(error, OSError | http.client.HTTPException):
-        raise Transient(f"{type(error).__name__}: {error}")
+    if isinstance(error, urllib.error.HTTPError) and error.code < 500 and error.code not in (408, 429):
+        raise error
+    if isinstance(error, http.client.InvalidURL) or (
+        isinstance(error, ValueError) and not isinstance(error, OSError)
+    ):
+        raise BadRedirect(f"no address: {str(error)[:100]}") from None
+    if isinstance(error, OSError | http.client.HTTPException):
+        raise Transient(f"{type(error).__name__}: {str(error)[:150]}")
     raise error
 
 
@@ -259,15 +229,16 @@ def _take(response: http.client.HTTPResponse, limit: int) -> bytes:
     """Up to `limit` bytes, fewer if POLL is over; b"" at the end. What came before a failure is not lost with
     it.
     """
-    pieces, end = [], time.monotonic() + POLL
-    while limit > 0 and (not pieces or time.monotonic() < end):
+    chunks: list[bytes] = []
+    end = time.monotonic() + watching.POLL
+    while limit > 0 and (not chunks or time.monotonic() < end):
         try:
-            pieces.append(response.read1(limit))
+            chunks.append(response.read1(limit))
         except (OSError, http.client.HTTPException):
-            if pieces:
+            if chunks:
                 break
             raise
-        if not pieces[-1]:
+        if not chunks[-1]:
             break
-        limit -= len(pieces[-1])
-    return b"".join(pieces)
+        limit -= len(chunks[-1])
+    return b"".join(chunks)

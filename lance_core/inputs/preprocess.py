@@ -1,9 +1,8 @@
-"""From pictures to what the models eat: 8-bit RGB, aspect buckets, crops, frame picks, ViT patches, VAE
-pixels.
+"""From 8-bit RGB frames to model input: aspect buckets, crops, frame picks, ViT patches, VAE pixels.
 
-Pure functions of arrays and PIL images; no model, no file. Reading files is media.py's. Sizes are (width,
-height) in pixels as in PIL, arrays are [height, width, 3]. The geometry is exact: golden/units.json holds the
-rows it must reproduce.
+Pure functions of arrays; no model, no file. Files are read by media.py, pictures in memory by pixels.py.
+Sizes are (width, height) in pixels as in PIL, arrays are [height, width, 3]. The geometry is exact: the tests
+hold rows of the released code's that it must reproduce.
 """
 
 from __future__ import annotations
@@ -15,78 +14,33 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
-from ..config import CELL, OUTPUT_FPS, ViTConfig
-from ..errors import MediaError, RequestError
+from ..config import OUTPUT_FPS, ViTConfig
+from ..errors import MediaError
+from .pixels import rgb_from_array, rgb_from_image, to_uint8
+from .sizes import PRESETS, RATIOS, Size, bucket, buckets, require_pixels, round_cells, sides
 
-# Preset -> side R of its 1:1 bucket in pixels, for the latents and for the ViT.
-PRESETS: dict[str, tuple[int, int]] = {
-    "image_256res": (256, 224),
-    "image_512res": (512, 448),
-    "image_768res": (768, 672),
-    "video_192p": (256, 224),
-    "video_360p": (480, 476),
-    "video_480p": (640, 616),
-}
-RATIOS = (21 / 9, 16 / 9, 4 / 3, 1.0, 3 / 4, 9 / 16)  # width / height
+# Also of sizes.py and pixels.py, for who wants all of it.
+__all__ = [
+    "PRESETS",
+    "RATIOS",
+    "bucket",
+    "buckets",
+    "rgb_from_array",
+    "rgb_from_image",
+    "round_cells",
+    "sides",
+    "to_uint8",
+]
+
 MAX_SECONDS = 6  # of a clip, as far as its number of picked frames goes; the picks still span all of it
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-EXIF_ORIENTATION = 0x0112
 MERGED_PATCH = 28  # pixels a side of one ViT token, of every released configuration
 
-Size = tuple[int, int]
 Frames = np.ndarray | Sequence[Any] | Tensor
-
-
-def sides(preset: str) -> tuple[int, int]:
-    """(latent R, ViT R) of a preset, in pixels.
-
-    Raises:
-        RequestError: no such preset.
-    """
-    if preset not in PRESETS:
-        raise RequestError(f"resolution preset {preset!r} is unknown; choose one of {', '.join(PRESETS)}.")
-    return PRESETS[preset]
-
-
-def round_cells(pixels: float) -> int:
-    """The multiple of 16 nearest to `pixels` (a tie goes to the even multiple)."""
-    return round(pixels / CELL) * CELL
-
-
-@lru_cache(maxsize=64)
-def buckets(side: int) -> tuple[Size, ...]:
-    """The (width, height) of each of `RATIOS` at about side*side pixels, both multiples of 16."""
-    if side < 2 * CELL:
-        raise RequestError(
-            f"a bucket side of {side} pixels is too small; {2 * CELL} is the least, presets start at 224."
-        )
-    found = []
-    for ratio in RATIOS:
-        wide = round_cells(side * math.sqrt(ratio))
-        tall = round_cells(side / math.sqrt(ratio))
-        candidates = ((wide, round_cells(wide / ratio)), (round_cells(tall * ratio), tall))
-        found.append(
-            min(
-                candidates,
-                key=lambda c: (abs(c[0] / c[1] - ratio), abs(c[0] * c[1] - side * side), c[0] * c[1]),
-            )
-        )
-    return tuple(found)
-
-
-def bucket(width: int, height: int, side: int) -> Size:
-    """The bucket (width, height) of side R whose own ratio is nearest the picture's; the wider one on a tie.
-
-    Raises:
-        MediaError: the picture has no pixels.
-    """
-    _require_pixels(width, height)
-    ratio = width / height
-    return min(buckets(side), key=lambda size: abs(size[0] / size[1] - ratio))
 
 
 def vae_size(width: int, height: int, preset: str) -> Size:
@@ -111,7 +65,7 @@ def crop_box(width: int, height: int, bucket_w: int, bucket_h: int) -> tuple[int
     Raises:
         MediaError: the picture has no pixels.
     """
-    _require_pixels(width, height)
+    require_pixels(width, height)
     ratio = bucket_w / bucket_h
     w, h = round(math.sqrt(width * height * ratio)), round(math.sqrt(width * height / ratio))
     if 1 <= w <= width and 1 <= h <= height:
@@ -245,10 +199,13 @@ def frame_indices(
         raise MediaError(
             f"a clip at {fps!r} frames per second came; expected a positive number. Pass fps yourself."
         )
-    seconds = min(total_frames / max(round(fps), 1), max_seconds)
-    wanted = round(seconds * rate)
-    wanted = max((wanted - 1) // 4 * 4 + 1, 1)
+    wanted = frames_wanted(total_frames / max(round(fps), 1), rate, max_seconds)
     return np.linspace(0, total_frames - 1, wanted).astype(int).tolist()
+
+
+def frames_wanted(seconds: float, rate: int = OUTPUT_FPS, max_seconds: float = MAX_SECONDS) -> int:
+    """How many frames of a clip of so many seconds the model sees: 4k + 1."""
+    return max((round(min(seconds, max_seconds) * rate) - 1) // 4 * 4 + 1, 1)
 
 
 def check_frames(frames: Frames) -> np.ndarray | list[np.ndarray]:
@@ -281,111 +238,8 @@ def check_frames(frames: Frames) -> np.ndarray | list[np.ndarray]:
                 "one clip; "
                 "resize them to one size first."
             )
-    _require_pixels(first.shape[1], first.shape[0])
+    require_pixels(first.shape[1], first.shape[0])
     return listed
-
-
-def to_uint8(values: np.ndarray) -> np.ndarray:
-    """Floats of 0..1 (clamped) to the nearest of 0..255.
-
-    Raises:
-        MediaError: NaN, infinity, or values that are plainly of another range.
-    """
-    low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
-    if not (math.isfinite(low) and math.isfinite(high)):
-        raise MediaError(
-            "a picture with NaN or infinite values came; the step that made it failed. Numbers in 0..1 are "
-            "expected."
-        )
-    if low < -0.5 or high > 16:
-        raise MediaError(
-            f"a picture with float values from {low:g} to {high:g} came; expected 0..1. Rescale it, or pass "
-            "uint8."
-        )
-    return np.rint(np.clip(values, 0, 1) * 255).astype(np.uint8)
-
-
-def rgb_from_image(image: Image.Image, name: str = "the image given") -> np.ndarray:
-    """A PIL image of any mode as uint8 [H, W, 3]: turned upright, transparency on white (as in training), 16
-    bits scaled to 8.
-
-    Raises:
-        MediaError: empty, damaged past its header, or of levels that are no picture; `name` is what to call
-            it.
-    """
-    if image.width < 1 or image.height < 1:
-        raise MediaError(f"{name} has {image.width}x{image.height} pixels; it needs at least one each way.")
-    try:
-        image.load()
-        if image.getexif().get(EXIF_ORIENTATION, 1) != 1:
-            image = ImageOps.exif_transpose(image)
-        if image.mode in ("I", "F") or image.mode.startswith("I;"):
-            return rgb_from_array(_deep_levels(np.asarray(image), name))
-        if image.mode in ("P", "PA", "LA", "La", "RGBa") or "transparency" in image.info:
-            image = image.convert("RGBA")
-        if image.mode == "RGBA":
-            white = Image.new("RGB", image.size, (255, 255, 255))
-            white.paste(image, mask=image.getchannel("A"))
-            image = white
-        return np.array(image.convert("RGB"))
-    except MediaError:
-        raise
-    except Exception as error:  # Pillow's decoders raise whatever a damaged file makes them stumble over
-        raise MediaError(
-            f"{name} cannot be decoded ({type(error).__name__}: {error}); expected a whole picture. Open it "
-            "in a viewer and save it again."
-        ) from error
-
-
-def rgb_from_array(values: np.ndarray | Tensor) -> np.ndarray:
-    """One picture as uint8 [H, W, 3], of an array or tensor [H, W], [H, W, 1 | 3 | 4] or [1, H, W, 1 | 3 |
-    4].
-
-    Floats are 0..1 (clamped), uint8 and uint16 span their range, booleans are black and white; transparency
-    goes on white.
-
-    Raises:
-        MediaError: another shape or type, or numbers that are no picture.
-    """
-    if isinstance(values, Tensor):
-        values = values.detach().cpu()
-        values = (values.float() if values.is_floating_point() else values).numpy()
-    shape = list(values.shape)
-    if values.ndim == 4 and shape[0] == 1:
-        values = values[0]
-    if values.ndim == 2:
-        values = values[..., None]
-    if values.ndim != 3 or values.shape[2] not in (1, 3, 4) or not values.size:
-        raise MediaError(
-            f"an array of shape {shape} came; expected one picture [height, width, 1, 3 or 4], channels last."
-        )
-    if values.dtype.kind == "f":
-        values = to_uint8(values)
-    elif values.dtype == np.uint16:
-        values = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
-    elif values.dtype == np.bool_:
-        values = values.astype(np.uint8) * np.uint8(255)
-    elif values.dtype != np.uint8:
-        raise MediaError(f"an array of {values.dtype} came; expected uint8, uint16, or floats in 0..1.")
-    if values.shape[2] == 1:
-        return np.repeat(values, 3, axis=2)
-    if values.shape[2] == 4:
-        return rgb_from_image(Image.fromarray(np.ascontiguousarray(values)), "the array given")
-    return np.ascontiguousarray(values)
-
-
-def _deep_levels(levels: np.ndarray, name: str) -> np.ndarray:
-    """Pillow's 16-bit, 32-bit (which holds 16-bit files too) and float modes, as an array `rgb_from_array`
-    knows.
-    """
-    if levels.dtype.kind == "f":
-        return levels
-    if levels.min() < 0 or levels.max() > 65535:
-        raise MediaError(
-            f"{name} has levels from {levels.min()} to {levels.max()}; expected 16 bits. Save it with 8 or "
-            "16 bits."
-        )
-    return levels.astype(np.uint16)
 
 
 @lru_cache(maxsize=1)
@@ -401,8 +255,3 @@ def _normalised_levels() -> np.ndarray:
 
 def _size(frames: np.ndarray | list[np.ndarray]) -> Size:
     return frames[0].shape[1], frames[0].shape[0]
-
-
-def _require_pixels(width: int, height: int) -> None:
-    if width < 1 or height < 1:
-        raise MediaError(f"a picture of {width}x{height} pixels came; it needs at least one pixel each way.")

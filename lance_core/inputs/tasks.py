@@ -7,17 +7,40 @@ edit's length.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..config import CELL, LATENT_CHANNELS, MAX_FRAMES, MAX_LATENT_SIDE
+from .. import checks
+from ..checks import shown
+from ..config import CELL, LATENT_CHANNELS, MAX_FRAMES, MAX_LATENT_SIDE, latent_frames, pixel_frames
 from ..errors import RequestError
-from .preprocess import PRESETS, bucket, sides
-from .prompts import SYSTEM_PROMPTS
+from .sizes import PRESETS, bucket, sides
+
+SYSTEM_PROMPTS = {
+    "t2i": "Describe the image by detailing the color, quantity, text, shape, size, texture, spatial "
+    "relationships of the objects "
+    "and background:",
+    "t2v": "Describe the video by detailing the color, quantity, visible text, shape, size, texture, "
+    "spatial relationships and "
+    "motion/camera movements of the objects and background:",
+    "edit": "Describe the key features of the input {vision} (color, shape, size, texture, objects, "
+    "background), then explain how the "
+    "user’s text instruction should alter or modify the {vision}. Generate a new {vision} that meets the "
+    "user’s requirements while "
+    "maintaining consistency with the original input where appropriate.",
+    "subject": "Describe the key features of the input image (color, shape, size, texture, objects, "
+    "background, style), then "
+    "incorporate the user’s text description to generate a new {vision} that satisfies the user’s "
+    "requirements while preserving the "
+    "essential identity and object or style information from the reference input.",
+    "x2t_image": "Look at the image carefully and answer the question.",
+    "x2t_video": "Watch the video carefully and answer the question.",
+}
+"""The instructions the weights were trained with; {vision} is what is made, "image" or "video"."""
 
 MAX_NEW_TOKENS = 4096
+MAX_PIXELS, MAX_COUNT = 1 << 20, 1 << 31  # beyond these a number is no size, and no count of frames
 DEFAULT_FRAMES = 50  # of the released command line; lowered to 49
 
 
@@ -112,7 +135,7 @@ def task_of(name: str, *, text: bool | None = None) -> Task:
     task = TASKS.get(name) if isinstance(name, str) else None
     wanted = [t for t in TASKS.values() if text is None or (t.output == "text") == text]
     if task is None:
-        raise RequestError(f"unknown task {name!r}; expected one of {', '.join(t.name for t in wanted)}")
+        raise RequestError(f"unknown task {shown(name)}; expected one of {', '.join(t.name for t in wanted)}")
     if task not in wanted:
         call = "understand" if task.output == "text" else "generate"
         raise RequestError(
@@ -147,10 +170,12 @@ def check_media(task: Task, image: Any, video: Any, references: Any) -> None:
 
 
 def check_text(what: str, text: Any) -> str:
-    """A prompt or question that says something."""
-    if not isinstance(text, str):
-        raise RequestError(f"{what} is {type(text).__name__}, expected text")
-    if not text.strip():
+    """A prompt or question that says something.
+
+    Raises:
+        RequestError: no text, empty, or with half a character in it.
+    """
+    if not checks.text(what, text).strip():
         raise RequestError(f"{what} is empty; say what is wanted")
     return text
 
@@ -167,7 +192,7 @@ def resolve_size(task: Task, width: int | None, height: int | None, resolution: 
         side = sides(resolution)[0]
         return bucket(16, 9, side) if task.is_video else (side, side)
     if width is None or height is None:
-        raise RequestError(f"width={width}, height={height}: give both or neither")
+        raise RequestError(f"width={shown(width)}, height={shown(height)}: give both or neither")
     return check_size(width, height)
 
 
@@ -177,15 +202,11 @@ def check_size(width: int, height: int) -> tuple[int, int]:
     Raises:
         RequestError: below 16 pixels, or beyond 64 latent cells (1024 pixels) a side and not one of `SIZES`.
     """
-    for name, value in (("width", width), ("height", height)):
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int | float)
-            or not math.isfinite(value)
-            or value < CELL
-        ):
-            raise RequestError(f"{name} is {value!r}, expected at least {CELL} pixels")
-    size = (int(width) // CELL * CELL, int(height) // CELL * CELL)
+    expected = f"at least {CELL} pixels"
+    sides = (("width", width), ("height", height))
+    given = [checks.real(name, value, CELL, MAX_PIXELS, expected=expected) for name, value in sides]
+    wide, tall = (int(value) // CELL * CELL for value in given)
+    size = (wide, tall)
     listed = any(size in by_ratio.values() for by_ratio in SIZES.values())
     limit = MAX_LATENT_SIDE * CELL
     if max(size) > limit and not listed:
@@ -204,14 +225,13 @@ def resolve_frames(num_frames: int | None) -> int:
         RequestError: below 1 or above 121.
     """
     frames = DEFAULT_FRAMES if num_frames is None else num_frames
-    if isinstance(frames, bool) or not isinstance(frames, int) or frames < 1:
-        raise RequestError(f"num_frames is {num_frames!r}, expected a whole number from 1 to {MAX_FRAMES}")
+    frames = checks.whole("num_frames", frames, 1, MAX_COUNT, f"a whole number from 1 to {MAX_FRAMES}")
     if frames > MAX_FRAMES:
         raise RequestError(
             f"num_frames is {frames}, the model makes at most {MAX_FRAMES} (10 seconds at 12 a second); ask "
             "for fewer"
         )
-    return (frames - 1) // 4 * 4 + 1
+    return pixel_frames(latent_frames(frames))
 
 
 def resolve_resolution(task: Task, resolution: str | None) -> str:
@@ -222,24 +242,26 @@ def resolve_resolution(task: Task, resolution: str | None) -> str:
     """
     if resolution is None:
         return task.default_resolution
-    if resolution not in PRESETS:
-        raise RequestError(f"unknown resolution {resolution!r}; expected one of {', '.join(PRESETS)}")
+    if not isinstance(resolution, str) or resolution not in PRESETS:
+        raise RequestError(f"unknown resolution {shown(resolution)}; expected one of {', '.join(PRESETS)}")
     return resolution
 
 
-def check_count(what: str, value: Any, low: int, high: int) -> int:
-    """A whole number in low..high."""
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise RequestError(f"{what} is {value!r}, expected a whole number from {low} to {high}")
-    return value
-
-
 def check_noise(noise: Any, batch: int, grid: Sequence[int]) -> None:
-    """Starting noise given by the caller: [t, h, w, 48], with the batch in front when there is one."""
+    """Starting noise given by the caller, float32: [t, h, w, 48], with the batch in front when there is one.
+
+    Raises:
+        RequestError: not numbers, or of another shape.
+    """
     shape = (*grid, LATENT_CHANNELS)
     wanted = shape if batch == 1 else (batch, *shape)
-    if tuple(noise.shape) not in (wanted, (batch, *shape)):
+    try:
+        found = tuple(noise.shape)
+    except Exception:
+        raise RequestError(f"noise is {shown(noise)}, expected a tensor of shape {list(wanted)}") from None
+    if found not in (wanted, (batch, *shape)):
         raise RequestError(
-            f"noise has shape {list(noise.shape)}, expected {list(wanted)} ([frames, rows, columns, "
-            "channels] of the latent)"
+            f"noise has shape {list(found)}, expected {list(wanted)} ([frames, rows, columns, channels] of "
+            "the "
+            "latent)"
         )

@@ -11,28 +11,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..config import LATENT_CHANNELS, RELEASED_SAMPLING, Grid
-from ..errors import NumericsError, RequestError
+from .. import checks
+from ..config import LATENT_CHANNELS, RELEASED_SAMPLING, RENORMS, Grid
+from ..errors import NumericsError
 
-RENORMS = ("global", "channel", "none")
+MAX_STEPS = 1_000_000
+MIN_SHIFT, MAX_SHIFT = 1e-4, 1e4  # beyond these float32 times are no schedule any more
+MAX_SCALE = 1e4
+STEPS_EXPECTED = f"a whole number of at least 1; the model's default is {RELEASED_SAMPLING.steps}"
+SHIFT_EXPECTED = f"a positive number; the model's default is {RELEASED_SAMPLING.shift}"
 
 
 def schedule(steps: int, shift: float = RELEASED_SAMPLING.shift) -> Tensor:
     """Times [steps + 1], float32, 1 down to 0, bent by `shift` towards noise (SD3, arXiv 2403.03206, eq. 23).
 
     Raises:
-        RequestError: steps below 1 or shift not positive.
+        RequestError: no whole number of steps from 1, or no positive shift.
     """
-    if isinstance(steps, bool) or int(steps) != steps or steps < 1:
-        raise RequestError(
-            f"steps is {steps}, expected a whole number of at least 1; the model's default is "
-            f"{RELEASED_SAMPLING.steps}"
-        )
-    if not 0 < shift < float("inf"):
-        raise RequestError(
-            f"shift is {shift}, expected a positive number; the model's default is {RELEASED_SAMPLING.shift}"
-        )
-    t = torch.linspace(1, 0, int(steps) + 1)
+    steps = checks.whole("steps", steps, 1, MAX_STEPS, STEPS_EXPECTED)
+    shift = checks.real("shift", shift, MIN_SHIFT, MAX_SHIFT, expected=SHIFT_EXPECTED)
+    t = torch.linspace(1, 0, steps + 1)
     return shift * t / (1 + (shift - 1) * t)
 
 
@@ -62,24 +60,12 @@ class Guidance:
     renorm_min: float = RELEASED_SAMPLING.renorm_min
 
     def __post_init__(self) -> None:
-        if self.renorm not in RENORMS:
-            raise RequestError(f"renorm is {self.renorm!r}, expected one of {', '.join(RENORMS)}")
-        if not 0 <= self.scale < float("inf"):
-            raise RequestError(
-                f"cfg is {self.scale}, expected a number from 0 on; {RELEASED_SAMPLING.cfg} is the model's "
-                "default, 1 turns guidance off"
-            )
-        if not 0 <= self.renorm_min <= 1:
-            raise RequestError(f"renorm_min is {self.renorm_min}, expected 0 to 1")
-        ok = (
-            isinstance(self.interval, tuple | list)
-            and len(self.interval) == 2
-            and all(0 <= v <= 1 for v in self.interval)
-        )
-        if not ok or self.interval[0] > self.interval[1]:
-            raise RequestError(
-                f"cfg_interval is {self.interval!r}, expected (low, high) with 0 <= low <= high <= 1"
-            )
+        # Python's own numbers, whatever came: they go into a result's metadata. The class is frozen, hence
+        # setattr.
+        object.__setattr__(self, "scale", checks.real("cfg", self.scale, 0, MAX_SCALE))
+        object.__setattr__(self, "interval", checks.interval("cfg_interval", self.interval, 0, 1))
+        object.__setattr__(self, "renorm", checks.choice("renorm", self.renorm, RENORMS))
+        object.__setattr__(self, "renorm_min", checks.real("renorm_min", self.renorm_min, 0, 1))
 
     @property
     def active(self) -> bool:

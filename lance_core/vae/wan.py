@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..config import Grid, VAEConfig
 from ..errors import RequestError
 from ..model.ops import TorchOps
+from ..model.out_of_memory import is_out_of_memory
 from .layers import Decoder, Encoder
 from .memory import decode_bytes, encode_bytes
 from .shortcuts import patchify, unpatchify
@@ -33,7 +34,6 @@ Check = Callable[[], None]
 # (source, latent frame, past) -> that frame's part of the result
 Step = Callable[[Tensor, int, Stream], Tensor]
 
-OUT_OF_MEMORY: type[Exception] = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
 TILE, OVERLAP = 32, 12  # latent cells
 SMALLEST_TILE = 8  # below it a tile is mostly border
 
@@ -271,7 +271,9 @@ def _run(
         meter.total = frames
         try:
             return work(x, None, 0, meter)
-        except OUT_OF_MEMORY:
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
             tile = min(TILE, (side + 1) // 2)
             if tile < SMALLEST_TILE:
                 raise

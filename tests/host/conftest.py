@@ -1,24 +1,20 @@
 """Fixtures for tests in a real ComfyUI. Where there is none to be had, these tests skip and say why.
 
-``LANCE_HOST=auto`` (default) builds a missing host, once, before the first test: minutes and 5 GB below
+``LANCE_HOST=auto`` (default) builds a missing ComfyUI, once, before the first test: minutes and 5 GB below
 ~/.cache/comfyui-lance. ``LANCE_HOST=ready`` uses one that is there and builds nothing. ``LANCE_HOST=off``
-skips all of these tests. ``LANCE_CHROMIUM`` names a browser where none is found on the path. See
-scripts/comfyui.py for how the host is chosen.
+skips all of these tests. ``LANCE_COMFYUI=oldest`` (default), ``newest`` or ``both`` says which version.
+``LANCE_CHROMIUM`` names a browser where none is found on the path. scripts/comfyui.py says where ComfyUI
+comes from.
 """
 
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import comfyui as comfyui_script
 import pytest
-
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parents[1] / "scripts")]
-
-import comfyui as comfyui_script  # noqa: E402
 
 # Those run in ComfyUI's own Python, by way of test_inproc.py.
 collect_ignore = ["inproc"]
@@ -26,20 +22,31 @@ collect_ignore = ["inproc"]
 _FIXTURES_IN_NEED = {"host"}
 
 
-def _obtain() -> comfyui_script.Host | str:
-    """The host, or the reason why there is none."""
+def _versions() -> tuple[str, ...]:
+    """The pinned versions to run in; an unknown LANCE_COMFYUI stops pytest with a sentence."""
+    try:
+        return comfyui_script.versions()
+    except comfyui_script.HostUnavailableError as error:
+        raise pytest.UsageError(str(error)) from error
+
+
+VERSIONS = _versions()
+
+
+def _obtain(version: str) -> comfyui_script.Host | str:
+    """ComfyUI, or the reason why there is none."""
     mode = os.environ.get("LANCE_HOST", "auto")
     if mode not in ("auto", "ready", "off"):
         return f"LANCE_HOST={mode} is none of auto, ready, off"
     if mode == "off":
         return "LANCE_HOST=off"
     try:
-        return comfyui_script.prepare(may_build=mode == "auto")
+        return comfyui_script.prepare(version, may_build=mode == "auto")
     except comfyui_script.HostUnavailableError as error:
-        return f"no ComfyUI to test in: {error}"
+        return f"no ComfyUI to test in ({version}): {error}"
 
 
-_obtained: list[comfyui_script.Host | str] = []
+_obtained: dict[str, comfyui_script.Host | str] = {}
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -50,20 +57,23 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     if wanted and not _obtained and not session.config.option.collectonly:
         capture = session.config.pluginmanager.getplugin("capturemanager")
         with capture.global_and_fixture_disabled():
-            _obtained.append(_obtain())
+            _obtained.update({version: _obtain(version) for version in VERSIONS})
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Skipping everything for want of a host must not look like passing."""
-    if _obtained and isinstance(_obtained[0], str):
+    """Skipping everything for want of ComfyUI must not look like passing."""
+    lacking = [reason for reason in _obtained.values() if isinstance(reason, str)]
+    if lacking:
         terminalreporter.section("host tests skipped", sep="!", red=True)
-        terminalreporter.line(_obtained[0])
+        for reason in lacking:
+            terminalreporter.line(reason)
 
 
-@pytest.fixture(scope="session")
-def host() -> comfyui_script.Host:
-    """The ComfyUI under test."""
-    obtained = _obtained[0] if _obtained else _obtain()
+@pytest.fixture(scope="session", params=VERSIONS if len(VERSIONS) > 1 else None)
+def host(request: pytest.FixtureRequest) -> comfyui_script.Host:
+    """The ComfyUI under test; with LANCE_COMFYUI=both, one after the other."""
+    version = getattr(request, "param", VERSIONS[0])
+    obtained = _obtained[version] if version in _obtained else _obtain(version)
     if isinstance(obtained, str):
         pytest.skip(obtained)
     return obtained

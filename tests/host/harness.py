@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import comfyui as comfyui_script  # scripts/comfyui.py; conftest.py puts scripts/ on the path
+import comfyui as comfyui_script  # scripts/comfyui.py, by pytest's pythonpath
 
 # What ComfyUI logs when it leaves out a node file or a whole pack.
 LOAD_FAILURES = (
@@ -224,7 +224,8 @@ class ComfyCli:
     def __call__(self, *arguments: str, timeout: float = 300) -> list[dict[str, Any]]:
         """Run `comfy --skip-prompt --json ...` and return the JSON objects it printed. Raises CliError."""
         environment = {
-            **os.environ, "HOME": str(self.home), "XDG_CONFIG_HOME": str(self.home / "config"), "DO_NOT_TRACK": "1",
+            **os.environ, "HOME": str(self.home),
+            "XDG_CONFIG_HOME": str(self.home / "config"), "DO_NOT_TRACK": "1",
             "COMFY_NO_WATCH": "1", "NO_COLOR": "1",
         }  # fmt: skip
         command = [str(self.program), "--skip-prompt", "--json", *arguments]

@@ -60,3 +60,15 @@ def test_workflows_and_pictures_named_in_it_are_there():
         assert (ROOT / picture).is_file(), picture
     workflows = set(re.findall(r"`(lance_[a-z_]+)`", text)) - {"lance_core"}
     assert workflows == {path.stem for path in (ROOT / "workflows").glob("*.json")}
+
+
+def test_it_is_short_and_begins_with_what_to_try():
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 150
+    assert {"make demo", "make test"} <= {line[:9] for line in lines[:24]}
+
+
+def test_links_of_the_pages_lead_to_files():
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for link in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
+            assert (page.parent / link).is_file(), f"{page.name}: {link}"

@@ -71,8 +71,8 @@ class Result:
 
 
 class InProcessComfy:
-    """Import ComfyUI from `checkout` with a --base-directory laid out by scripts/comfyui.py, and load its nodes
-    and the pack in it.
+    """Import ComfyUI from `checkout` with a --base-directory laid out by scripts/comfyui.py, and load its
+    nodes and the pack in it.
     """
 
     def __init__(self, checkout: Path, base_arguments: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""nodes/host.py under another ComfyUI's shape: what newer versions do differently, faked on this one.
+"""nodes/comfy_compat.py under another ComfyUI's shape: what newer versions do differently, faked on this one.
 
 Each fake does what ComfyUI 0.38 does in its source (names and signatures are its own).
 """
@@ -150,7 +150,7 @@ def test_order_of_construction(comfy, good, newer_patcher, monkeypatch):
     """
     import comfy.model_management as mm
 
-    order, host = [], module(comfy, "nodes.host")
+    order, host = [], module(comfy, "nodes.comfy_compat")
     monkeypatch.setattr(
         mm, "archive_model_dtypes", lambda model: order.append(("archive", id(model))), raising=False
     )
@@ -231,7 +231,7 @@ def test_layers_the_host_itself_makes_without_weights(comfy, monkeypatch, tmp_pa
     comfy.forget()
     monkeypatch.setattr(memory, "aimdo_enabled", True)
     monkeypatch.setattr(mm, "WINDOWS", True)
-    host = module(comfy, "nodes.host")
+    host = module(comfy, "nodes.comfy_compat")
     linear = host.operations(torch.float32, torch.float32).Linear(4, 4, bias=True, dtype=torch.float16)
     assert linear.weight is None and host.planned(linear) == (torch.float16, True)
     comfy.value(graph, "loader")
@@ -312,15 +312,16 @@ def test_outputs_name_their_patchers(comfy, good):
 
 def test_differences_live_in_one_file(comfy):
     """Nobody else asks which attributes the host has, or for its version."""
-    folder = Path(module(comfy, "nodes.host").__file__).parent
+    folder = Path(module(comfy, "nodes.comfy_compat").__file__).parent
     for file in folder.glob("*.py"):
-        if file.name == "host.py":
+        if file.name == "comfy_compat.py":
             continue
         tree = ast.parse(file.read_text(encoding="utf-8"))
-        asked = [
-            n for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id in ("hasattr", "getattr")
-            and isinstance(n.args[0], ast.Name | ast.Attribute) and ast.unparse(n.args[0]).split(".")[0] in ("comfy", "mm", "folder_paths", "io")
-        ]  # fmt: skip
+        asked = []
+        for call in (n for n in ast.walk(tree) if isinstance(n, ast.Call)):
+            if ast.unparse(call.func) in ("hasattr", "getattr"):
+                whose = ast.unparse(call.args[0]).split(".")[0]
+                asked += [call] if whose in ("comfy", "mm", "folder_paths", "io") else []
         assert not asked, f"{file.name}: {[ast.unparse(n) for n in asked]}"
         assert "comfyui_version" not in file.read_text(encoding="utf-8")
 
@@ -336,7 +337,7 @@ def test_old_names_still_do(comfy, good, monkeypatch):
 
 @pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="few rows take the plain way without MKL")
 def test_few_rows_go_the_cores_way_unless_weights_change_on_the_way(comfy, monkeypatch):
-    host, calls = module(comfy, "nodes.host"), []
+    host, calls = module(comfy, "nodes.comfy_compat"), []
     monkeypatch.setattr(host, "few_rows", lambda *args, few=host.few_rows: (calls.append(1), few(*args))[1])
     g = torch.Generator().manual_seed(0)
     weight, bias = torch.randn(7, 5, generator=g).bfloat16(), torch.randn(7, generator=g).bfloat16()

@@ -158,12 +158,16 @@ def test_one_forward_or_two(comfy, monkeypatch):
 
 @pytest.fixture
 def passes(comfy, monkeypatch):
-    """(branch, tokens) of every pass that extends a context."""
+    """(branch, tokens) of every pass that extends a context; the branch of the shared prefix is None."""
     context, seen = module(comfy, "lance_core.model.kv_cache").Context, []
     extend = context.extend
-    monkeypatch.setattr(
-        context, "extend", lambda self, b, n, *a: seen.append((b, n)) or extend(self, b, n, *a)
-    )
+
+    def noted(self, region, tokens, *args):
+        branches = {id(rest): branch.name for branch, rest in self.rests.items()}
+        seen.append((branches.get(id(region)), tokens))
+        return extend(self, region, tokens, *args)
+
+    monkeypatch.setattr(context, "extend", noted)
     return seen
 
 
@@ -171,13 +175,13 @@ def test_what_both_sides_share_is_computed_once(comfy, passes):
     samples(comfy, lance(edit("as before"), seed=100))
     shared = [tokens for branch, tokens in passes if branch is None]
     assert len(shared) == 3, "the text before the picture, what is seen of it, its latent"
-    assert {branch for branch, _ in passes} == {None, 0, 1}
+    assert {branch for branch, _ in passes} == {None, "CONDITIONAL", "UNCONDITIONAL"}
     assert len(passes) == len(set(passes)), "no pass twice"
 
 
 def test_without_guidance_only_one_side(comfy, passes):
     samples(comfy, lance(t2i("without guidance"), cfg=1.0))
-    assert {branch for branch, _ in passes} == {None, 0}
+    assert {branch for branch, _ in passes} == {None, "CONDITIONAL"}
 
 
 def test_memory_estimate_counts_the_context(comfy, monkeypatch):
@@ -191,7 +195,7 @@ def test_memory_estimate_counts_the_context(comfy, monkeypatch):
     # Not the host's choice for a CPU, which spells attention scores out, as many as memory allows.
     from comfy.ldm.modules.attention import attention_pytorch
 
-    monkeypatch.setattr(module(comfy, "nodes.host"), "optimized_attention", attention_pytorch)
+    monkeypatch.setattr(module(comfy, "nodes.comfy_compat"), "optimized_attention", attention_pytorch)
     model = comfy.value(edit(), "loader").model
     conditioning = module(comfy, "nodes.conditioning")
     for graph in (edit("short"), edit("long " * 200), t2i("two", width=512, height=512)):
@@ -277,7 +281,7 @@ def test_guider_leaves_model_options_alone(comfy):
         "guider",
     )
     before = json.dumps(guider.model_patcher.model_options, default=lambda o: type(o).__name__)
-    noise = module(comfy, "nodes.sampling").LanceNoise(1)
+    noise = module(comfy, "nodes.sampling").SeededNoise(1)
     latent = {"samples": torch.zeros(1, 48, 1, 4, 4)}
     import comfy.samplers
 

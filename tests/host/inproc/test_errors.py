@@ -15,6 +15,7 @@ from small import (
     i2v,
     ksampler,
     lance,
+    module,
     question,
     samples,
     t2i,
@@ -23,7 +24,7 @@ from small import (
 
 
 class TestForeign:
-    """MODEL, CONDITIONING, VAE and LATENT of another family, as far as they have to be real to be connected."""
+    """MODEL, CONDITIONING, VAE and LATENT of another family, as real as they must be to be connected."""
 
     RETURN_TYPES = ("MODEL", "CONDITIONING", "VAE", "LATENT", "LATENT")
     FUNCTION = "make"
@@ -318,3 +319,182 @@ class _NaN:
 def test_two_encodes_can_be_mixed(comfy):
     """Positive of one encode with the negative of another is no error."""
     samples(comfy, lance({**t2i(), "other": text("a boat", "rain")}, negative=["other", 1], model=MODEL))
+
+
+def test_a_refused_clip_is_never_opened(comfy, monkeypatch):
+    """The image checkpoint cannot read video: said before a frame of it is decoded."""
+    media, opened = module(comfy, "lance_core.inputs.media"), []
+    monkeypatch.setattr(media, "read_clip", lambda *args, **kwargs: opened.append(args))
+    graph = changed(video_source(edit()), "loader", checkpoint=CHECKPOINT)
+    with pytest.raises(NodeFailedError, match="cannot read video"):
+        comfy.value(graph, "vision")
+    assert not opened
+
+
+def test_errors_have_a_short_name(comfy):
+    """ComfyUI shows the exception's module before its message; ours would be a path of files."""
+    with pytest.raises(NodeFailedError) as caught:
+        comfy.value(changed(t2i(), "text", prompt=" "), "text")
+    assert caught.value.data["exception_type"] == "lance_core.RequestError"
+
+
+# -- what a person connects or a program queues
+# ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("at", "name", "value", "words"),
+    [
+        ("sampler", "model", 5, "'model' holds 5.*MODEL of Lance Loader"),
+        ("sampler", "positive", "a fox", "'positive' holds 'a fox'.*Lance Text Encode"),
+        ("sampler", "latent", {"samples": None}, "'latent' holds.*Empty Lance Latent"),
+        ("sampler", "renorm", "loud", "'renorm' is 'loud', expected one of global, channel, none"),
+        ("sampler", "sampler", "magic", "'sampler' is 'magic', expected one of"),
+        ("latent", "size", "huge", "'size' is 'huge', expected one of image_768res"),
+        ("latent", "aspect", "5:1", "'aspect' is '5:1'"),
+        ("text", "lance", 1.5, "'lance' holds 1.5.*LANCE of Lance Loader"),
+        ("text", "target", "sound", "'target' is 'sound', expected one of image, video"),
+        ("loader", "weight_dtype", "int3", "'weight_dtype' is 'int3', expected one of default"),
+    ],
+)
+def test_constants_and_unknown_choices(comfy, at, name, value, words):
+    """Either ComfyUI refuses the prompt itself, or the node does in a sentence."""
+    graph = changed(lance(t2i()), at, **{name: value})
+    if at == "latent" and name == "aspect":
+        graph = changed(graph, "latent", size="image_768res")
+    with pytest.raises((NodeFailedError, RejectedError)) as caught:
+        comfy.value(graph, "sampler")
+    if isinstance(caught.value, NodeFailedError):
+        assert caught.value.data["exception_type"] == "lance_core.RequestError"
+        assert re.search(words, caught.value.message, re.DOTALL) and len(caught.value.message) < 500
+
+
+class TestPictures:
+    """IMAGE and MASK of any kind that other packs are known to give."""
+
+    RETURN_TYPES = ("IMAGE", "MASK")
+    FUNCTION = "make"
+    CATEGORY = "testing"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"which": ("STRING", {}), "masks": ("INT", {"default": 0})}}
+
+    def make(self, which, masks):
+        import torch
+
+        g = torch.Generator().manual_seed(0)
+        picture = (torch.rand(1, 48, 64, 3, generator=g) * 255).round()
+        made = {
+            "0..1": picture / 255,
+            "0..255": picture,
+            "uint8": picture.to(torch.uint8),
+            "-1..1": picture / 127.5 - 1,
+            "grey": picture[..., :1] / 255,
+            "alpha": torch.cat([picture, torch.full_like(picture[..., :1], 255)], -1) / 255,
+            "two": torch.cat([picture, picture]) / 255,
+            "none": picture[:0],
+            "nan": picture / 0 - picture / 0,
+        }[which]
+        return made, torch.zeros(max(masks, 1), 48, 64).index_fill(1, torch.arange(10), float(masks > 0))
+
+
+@pytest.fixture
+def pictures(comfy, monkeypatch):
+    """seen(kind, masks) -> what the model sees of it."""
+    monkeypatch.setitem(comfy.nodes, "TestPictures", TestPictures)
+
+    def seen(kind: str, masks: int = 0, **inputs):
+        graph = {**edit(), "made": node("TestPictures", which=kind, masks=masks)}
+        mask = ["made", 1] if masks else None
+        graph = changed(graph, "vision", image=["made", 0], mask=mask, resolution="image_256res", **inputs)
+        return comfy.value(graph, "vision")
+
+    return seen
+
+
+def test_every_range_of_the_same_picture_is_the_same_picture(pictures):
+    import torch
+
+    plain = pictures("0..1").segments[0].data
+    for kind in ("0..255", "uint8", "-1..1", "alpha"):
+        torch.testing.assert_close(pictures(kind).segments[0].data, plain)
+    assert pictures("grey").segments[0].data.shape == plain.shape
+
+
+def test_masks_of_other_counts(pictures):
+    import torch
+
+    one = pictures("0..1", 1).segments[0].data
+    assert not torch.equal(one, pictures("0..1").segments[0].data), "the mask shows white"
+    with pytest.raises(NodeFailedError, match="2 masks came for 1 image"):
+        pictures("0..1", 2)
+
+
+@pytest.mark.parametrize(("kind", "words"), [("none", "image input is empty"), ("nan", "NaN")])
+def test_pictures_that_are_none(pictures, kind, words):
+    with pytest.raises(NodeFailedError, match=words) as caught:
+        pictures(kind)
+    assert caught.value.data["exception_type"].startswith("lance_core.")
+
+
+def test_nan_is_told_and_what_is_at_fault(comfy, monkeypatch):
+    """A LoRA with NaN in it: Lance Sampler names it; after KSampler the decoder refuses to make a black
+    picture.
+    """
+    import torch
+
+    model = comfy.value(t2i(), "loader")
+    key = "diffusion_model.layers.1.mlp.down_proj.weight"
+    hurt = model.clone()
+    shape = model.model.state_dict()[key].shape
+    assert hurt.add_patches({key: ("diff", (torch.full(shape, float("nan")),))}, 1.0)
+    monkeypatch.setattr(comfy.nodes["TestForeign"], "make", lambda self: (hurt, None, None, None, None))
+    bad = with_foreign(lance(t2i()), {"sampler.model": 0})
+    with pytest.raises(
+        NodeFailedError, match="a LoRA on diffusion_model.layers.1.mlp.down_proj.weight has NaN"
+    ):
+        comfy.value(bad, "sampler")
+    stock = with_foreign(ksampler(t2i()), {"sampler.model": 0})
+    for decoder in ("LanceVAEDecode", "VAEDecode"):
+        graph = {**stock, "decoded": node(decoder, vae=["loader", 2], samples=["sampler", 0])}
+        with pytest.raises(NodeFailedError, match="latent has NaN or infinity.*decode to black"):
+            comfy.value(graph, "decoded")
+
+
+def test_the_loader_runs_again_when_a_missing_part_is_put_there(comfy, tmp_path, monkeypatch):
+    """ "Put the ViT beside it and load again" has to work without a restart."""
+    import shutil
+
+    from graphs import GOLDEN
+
+    root = tmp_path / "models"
+    shutil.copytree(GOLDEN / "checkpoint" / CHECKPOINT, root / "Mine")
+    import folder_paths
+
+    monkeypatch.setattr(folder_paths, "get_folder_paths", lambda name: [str(root)])
+    checkpoints = module(comfy, "nodes.checkpoints")
+    before = checkpoints.fingerprint("Mine")
+    assert before == checkpoints.fingerprint("Mine")
+    shutil.copytree(GOLDEN / "checkpoint" / "Qwen2.5-VL-ViT", root / "Qwen2.5-VL-ViT")
+    with_vit = checkpoints.fingerprint("Mine")
+    shutil.copy(GOLDEN / "checkpoint" / "Wan2.2_VAE.pth", root)
+    with_vae = checkpoints.fingerprint("Mine")
+    assert len({before, with_vit, with_vae}) == 3
+
+
+def test_long_prompts_need_no_large_mask(comfy):
+    """In stretches as whole, and no mask of every query against every key."""
+    import torch
+
+    compat = module(comfy, "nodes.comfy_compat")
+    g = torch.Generator().manual_seed(0)
+    q, k = torch.randn(1, 50, 4, 8, generator=g), torch.randn(1, 60, 2, 8, generator=g)
+    whole = compat.attention(q, k, k, True)
+    sizes, full = [], torch.full
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compat, "MASK_ELEMENTS", 700)
+        patch.setattr(torch, "full", lambda size, *a, **o: sizes.append(size) or full(size, *a, **o))
+        parts = compat.attention(q, k, k, True)
+    torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-5)
+    assert len(sizes) == 10 and max(a * b for a, b in sizes) <= 700

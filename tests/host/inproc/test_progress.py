@@ -123,7 +123,7 @@ def test_stops_within_a_layer_and_the_next_job_is_clean(comfy, monkeypatch, want
         comfy.run({k: v for k, v in make().items() if k != "answer"}, [("vision", 0)])
     with monkeypatch.context() as patched:
         problem = ValueError("on purpose") if how == "error" else None
-        stopper = Stopper(patched, module(comfy, "nodes.host"), "optimized_attention", at, problem)
+        stopper = Stopper(patched, module(comfy, "nodes.comfy_compat"), "optimized_attention", at, problem)
         with pytest.raises(InterruptedRunError if how == "interrupt" else NodeFailedError):
             comfy.run(make(), [(name, 0)])
         assert (stopper.calls, stopper.after) == (at, 0), "no other layer ran"
@@ -160,7 +160,7 @@ def test_loading_can_be_interrupted(comfy, monkeypatch):
     good = samples(comfy, lance(t2i()))
     comfy.forget()
     with monkeypatch.context() as patched:
-        stopper = Stopper(patched, module(comfy, "nodes.host").comfy.utils.ProgressBar, "update", 5)
+        stopper = Stopper(patched, module(comfy, "nodes.comfy_compat").comfy.utils.ProgressBar, "update", 5)
         with pytest.raises(InterruptedRunError):
             comfy.run(t2i(), [("loader", 0)])
         assert (stopper.calls, stopper.after) == (5, 0)

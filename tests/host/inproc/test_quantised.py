@@ -28,7 +28,8 @@ class Two(nn.Module):
 @pytest.fixture
 def modules(comfy):
     return tuple(
-        small.module(comfy, name) for name in ("nodes.host", "nodes.quant", "lance_core.checkpoint.quantize")
+        small.module(comfy, name)
+        for name in ("nodes.comfy_compat", "nodes.quant", "lance_core.checkpoint.quantize", "nodes.patcher")
     )
 
 
@@ -42,7 +43,7 @@ def inference():
 @pytest.fixture
 def build(comfy, modules, monkeypatch):
     """(format, dtype) -> patcher of a `Two` with such layers, and the same in the core."""
-    host, quant, core = modules
+    host, quant, core, patchers = modules
     monkeypatch.setattr(
         comfy.server, "last_prompt_id", "", raising=False
     )  # as in a server, for the progress bar
@@ -57,8 +58,8 @@ def build(comfy, modules, monkeypatch):
             parts = form.encode(torch.randn(shape, generator=generator) / shape[1] ** 0.5)
             tensors |= {f"{layer}.{leaf}": tensor for leaf, tensor in parts.items()}
         plain.load_state_dict(tensors, assign=True)
-        patcher = host.make_patcher(module, quant.PatchesInForward)
-        host.fill(patcher, module, ((k, v.clone()) for k, v in tensors.items()), len(tensors))
+        patcher = patchers.make_patcher(module, patchers.PatchesInForward)
+        patchers.fill(patcher, module, ((k, v.clone()) for k, v in tensors.items()), len(tensors))
         return patcher, plain
 
     return made
@@ -113,14 +114,14 @@ def test_the_cores_numbers(build, name, dtype, bound):
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_the_hosts_own_layers_where_it_has_them(comfy, modules, build, name):
-    quant = modules[1]
-    layer = build(name)[0].model.first
-    if quant.host_linear(torch.float32) is None:
-        assert type(layer) is quant.QuantLinear
+    host, quant = modules[:2]
+    layer, native = build(name)[0].model.first, host.quantised_linear(torch.float32, quant.Quantised)
+    if native is None:
+        assert type(layer) is quant.OwnQuantLinear
         return
     from comfy.quant_ops import QUANT_ALGOS
 
-    assert type(layer) is quant.host_linear(torch.float32)
+    assert type(layer) is native
     assert layer.quant_format in QUANT_ALGOS or name not in ("fp8", "nvfp4"), (
         "every host with such layers has kernels for these"
     )
@@ -160,7 +161,7 @@ def test_loras_left_by_dynamic_loading(modules, build, name):
     from comfy.model_patcher import LowVramPatch
 
     patcher, plain = build(name)
-    if modules[1].host_linear(torch.float32) is None:
+    if modules[0].quantised_linear(torch.float32, modules[1].Quantised) is None:
         pytest.skip("this host does not load dynamically")
     run(patcher, inputs())
     patches, added = loras()
@@ -179,7 +180,7 @@ def test_loras_left_by_dynamic_loading(modules, build, name):
 @pytest.mark.parametrize("name", FORMATS)
 def test_loras_are_in_what_is_saved(modules, build, name):
     patcher, plain = build(name)
-    if modules[1].host_linear(torch.float32) is None:
+    if modules[0].quantised_linear(torch.float32, modules[1].Quantised) is None:
         pytest.skip("this host saves what is loaded")
     patches, added = loras()
     patcher.add_patches(patches, 0.3)
@@ -245,10 +246,10 @@ def test_behaviour_stays_in_the_hosts_plain_clones(modules, build):
         return n
 
     patcher.__class__ = type(
-        type(patcher).__name__, (modules[1].PatchesInForward, plainly, comfy.model_patcher.ModelPatcher), {}
+        type(patcher).__name__, (modules[3].PatchesInForward, plainly, comfy.model_patcher.ModelPatcher), {}
     )
     made = patcher.clone(disable_dynamic=True)
-    assert isinstance(made, modules[1].PatchesInForward) and isinstance(
+    assert isinstance(made, modules[3].PatchesInForward) and isinstance(
         made, comfy.model_patcher.ModelPatcher
     )
     assert made.model is patcher.model

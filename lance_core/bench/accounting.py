@@ -1,5 +1,4 @@
-"""Counting memory: every storage of a run, once, while something refers to it; or CUDA's own count of the
-same.
+"""Counting memory without a device: every storage of a run, once, while something refers to it.
 
 Fused kernels are counted by their results, plus what they are known to need: a convolution's reordered input,
 attention's row sums. Masked attention is counted spelled out, as torch runs it on most cards.
@@ -10,7 +9,9 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ FLASH_WIDTH = 256  # widest head that fused attention takes
 
 
 class Accountant(TorchDispatchMode):
-    """Live bytes on one device, storage by storage, and what lived at their peak."""
+    """`device.Peak`, counted tensor by tensor on one device while entered; and what was alive then."""
 
     def __init__(self, device: str = "meta") -> None:
         super().__init__()
@@ -35,6 +36,14 @@ class Accountant(TorchDispatchMode):
         """Count tensors that are there already, such as weights."""
         for tensor in tensors:
             self._see(tensor, label)
+
+    def now(self) -> int:
+        """Bytes alive."""
+        return self.total
+
+    def read(self) -> int:
+        """The peak in bytes."""
+        return self.peak
 
     def reset(self) -> None:
         """Forget the peak, not what is alive."""
@@ -92,12 +101,12 @@ class Accountant(TorchDispatchMode):
             return
         if not label.startswith("weights"):
             label = f"{label} {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}{_where()}"
-        self.refs[key] = weakref.ref(storage, lambda _, key=key: self._drop(key))
+        self.refs[key] = weakref.ref(storage, partial(self._drop, key))
         self.live[key] = (storage.nbytes(), label)
         self.total += storage.nbytes()
         self._grow(0, "")
 
-    def _drop(self, key: int) -> None:
+    def _drop(self, key: int, _: weakref.ref) -> None:
         self.total -= self.live.pop(key)[0]
         del self.refs[key]
 
@@ -112,36 +121,11 @@ class Accountant(TorchDispatchMode):
 
 
 def _where() -> str:
-    """The line of lance_core that is being run."""
-    frame = sys._getframe(1)
+    """The line of lance_core that is being run, measuring and the call of a matrix product left out."""
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         path = Path(frame.f_code.co_filename)
-        if path.parent.name == "lance_core" and path.name != "ops.py":
+        if "lance_core" in path.parts[-3:-1] and path.parent.name != "bench" and path.name != "ops.py":
             return f" ({path.name}:{frame.f_lineno} {frame.f_code.co_name})"
         frame = frame.f_back
     return ""
-
-
-class Allocator:
-    """`Accountant`'s face over CUDA's own count."""
-
-    at_peak: list[tuple[int, str]] = []
-
-    def hold(self, label: str, tensors: Iterable[Tensor]) -> None:
-        """Nothing to do: the allocator knows."""
-
-    def reset(self) -> None:
-        """Forget the peak."""
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-
-    @property
-    def peak(self) -> int:
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated()
-
-    def __enter__(self) -> Allocator:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        torch.cuda.empty_cache()

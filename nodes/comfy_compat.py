@@ -1,0 +1,363 @@
+"""Everything that differs between ComfyUI versions, and the services of ComfyUI that the nodes use.
+
+Written for 0.3.60 to 0.38. Features are tested for, never versions.
+
+A *ComfyUI subclass* is a class made at run time over one of ComfyUI's, because which one that is depends on
+the version, the
+device or the dtype: its layers, its quantised layer, its patcher. Each is made once for its base (`@cache`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import comfy.model_management as mm
+import comfy.model_patcher
+import comfy.ops
+import comfy.sample
+import comfy.utils
+import torch
+import torch.nn.functional as F
+from comfy.ldm.modules.attention import optimized_attention
+from comfy_api.input_impl import VideoFromFile
+from torch import Tensor, nn
+
+from ..lance_core.checkpoint.quantize import Format, marker
+from ..lance_core.config import VAEConfig
+from ..lance_core.model.attention import fold_groups, unfold_groups
+from ..lance_core.model.ops import are_few, few_rows
+
+try:
+    from comfy import quant_ops
+except ImportError:  # 0.3.64 has none
+    quant_ops = None
+
+if TYPE_CHECKING:
+    from comfy.ops import mixed_precision_ops as _Layer
+else:
+    _Layer = object  # which class stands behind is known only at run time
+
+# of an empty LATENT; ComfyUI's spelling
+LATENT_TAGS = ("downscale_ratio_spacial", "downscale_ratio_temporal")
+MASK_ELEMENTS = 1 << 24  # of a causal mask at once
+FLOAT_DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+def patcher_class(disable_dynamic: bool = False) -> Any:
+    """The ModelPatcher that ComfyUI itself constructs; newer ones choose one at start, so ask late."""
+    plain = comfy.model_patcher.ModelPatcher
+    return plain if disable_dynamic else getattr(comfy.model_patcher, "CoreModelPatcher", plain)
+
+
+def archive_dtypes(model: nn.Module) -> None:
+    """Have newer ComfyUIs note a module's dtypes before it gets weights, as their loaders do."""
+    if hasattr(mm, "archive_model_dtypes"):
+        mm.archive_model_dtypes(model)
+
+
+def weight_dtypes(choice: str, parameters: int) -> tuple[torch.dtype, torch.dtype]:
+    """(dtype the weights are kept in, dtype the computation runs in) for a choice of the loader, as stock
+    loaders decide.
+    """
+    wanted = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8_e4m3fn": torch.float8_e4m3fn}.get(choice)
+    stored = wanted or mm.unet_dtype(
+        model_params=parameters, supported_dtypes=FLOAT_DTYPES, weight_dtype=torch.bfloat16
+    )
+    return stored, mm.unet_manual_cast(stored, mm.get_torch_device(), FLOAT_DTYPES) or stored
+
+
+def operations(stored: torch.dtype, compute: torch.dtype) -> Any:
+    """ComfyUI's layer classes for weights kept in one dtype and used in another."""
+    return _operations(
+        comfy.ops.pick_operations(
+            stored, None if stored == compute else compute, load_device=mm.get_torch_device()
+        ),
+        compute,
+    )
+
+
+@cache
+def _operations(picked: Any, compute: torch.dtype) -> type:
+    """ComfyUI subclasses of the layers that need one."""
+
+    class Embedding(picked.Embedding):
+        """Looks up in the compute dtype: some devices cannot index fp8 tables."""
+
+        def forward(self, ids: Tensor, **kwargs: Any) -> Tensor:
+            return super().forward(ids, out_dtype=compute, **kwargs)
+
+    class Linear(picked.Linear):
+        """Multiplies few rows as lance_core does, where the weight is neither cast nor patched."""
+
+        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if are_few(x) and not (self.comfy_cast_weights or self.weight_function or self.bias_function):
+                return few_rows(x, self.weight, self.bias)
+            return super().forward(x, *args, **kwargs)
+
+    class Conv3d(picked.Conv3d):
+        """Checks for the user's interrupt, as `attention` does: a picture is one single step of the VAE."""
+
+        def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+            if not torch.compiler.is_compiling():
+                mm.throw_exception_if_processing_interrupted()
+            return super().forward(*args, **kwargs)
+
+    return type(picked.__name__, (picked,), {"Embedding": Embedding, "Linear": Linear, "Conv3d": Conv3d})
+
+
+def planned(linear: Any) -> tuple[torch.dtype, bool]:
+    """(dtype, whether it has a bias) of a linear layer without weights; on newer ComfyUIs it has no
+    parameters yet.
+    """
+    dtype = linear.weight.dtype if linear.weight is not None else linear.weight_comfy_model_dtype
+    return dtype, linear.bias is not None or getattr(linear, "comfy_need_lazy_init_bias", False)
+
+
+# -- quantised layers
+# -----------------------------------------------------------------------------------------
+
+FORMAT_NAMES = {"fp8": "float8_e4m3fn"}  # of ComfyUI, where our files use an older form, which has none
+
+
+@cache
+def quantised_linear(dtype: torch.dtype, lora_adding: type) -> Any | None:
+    """A ComfyUI subclass of its linear layer for quantised weights, which dequantises to a dtype; None where
+    ComfyUI has no such layer, as 0.3.64.
+
+    lora_adding: a class with `patched(weight)`, a dequantised weight with its LoRAs, `take_lora(key,
+    patches)`, and `set_weight` for weights that are patched permanently.
+    """
+    known = hasattr(quant_ops, "get_layout_class") and hasattr(quant_ops.QuantizedTensor, "dequantize")
+    if not known:
+        return None
+    native = comfy.ops.mixed_precision_ops(compute_dtype=dtype).Linear
+    return type("ComfyQuantLinear", (_WeightOnly, lora_adding, native), {})
+
+
+class _WeightOnly(_Layer):
+    """In front of ComfyUI's quantised layer, whose `weight` is a tensor that knows its scales and how to
+    dequantise itself.
+
+    The names overridden here are private to ComfyUI and have changed before.
+    """
+
+    format: Format
+    patched_dtype: torch.dtype
+    matrix: tuple[int, int]
+    weight: Any
+    bias: Any
+    patched: Callable[[Tensor], Tensor]
+    take_lora: Callable[[str, dict | None], None]
+
+    def __init__(
+        self, format: Format, in_features: int, out_features: int, bias: bool, dtype: torch.dtype
+    ) -> None:
+        # Without a device: ComfyUI moves what is loaded.
+        super().__init__(in_features, out_features, bias=bias)
+        self.format, self.patched_dtype, self.matrix = format, dtype, (out_features, in_features)
+
+    def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        named = dataclasses.replace(self.format, host=self.format.host or FORMAT_NAMES[self.format.name])
+        try:
+            super()._load_from_state_dict({**state, f"{prefix}comfy_quant": marker(named)}, prefix, *args)
+        except (KeyError, ValueError):  # ComfyUI does not know this format; names are checked in Checkpoint
+            parts = {name: state[prefix + name] for name in self.format.layout(*self.matrix)}
+            weight = _quantised_tensor(self.format, parts, self.matrix, self.patched_dtype)
+            self.weight = nn.Parameter(weight, requires_grad=False)
+            self.quant_format, self._full_precision_mm = named.host, True
+            if self.bias is not None:
+                self.bias = nn.Parameter(state[f"{prefix}bias"], requires_grad=False)
+
+    def set_weight(self, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
+        if not kwargs.get("return_weight"):
+            return super().set_weight(weight)
+        # To be saved, in the form that the layer has there.
+        return _quantised_tensor(self.format, self.format.encode(weight), self.matrix, self.patched_dtype)
+
+    def _forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, self.patched(_dequantised(weight)), bias)
+
+    @property
+    def weight_lowvram_function(self) -> None:
+        """Where dynamic VRAM leaves a LoRA; ComfyUI would round the sum with it, see `quant.Quantised`."""
+        return None
+
+    @weight_lowvram_function.setter
+    def weight_lowvram_function(self, function: Any) -> None:
+        self.take_lora(function.key if function else "", function.patches if function else None)
+
+
+def _quantised_tensor(
+    format: Format, parts: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype
+) -> Tensor:
+    """A weight [N, K] of a format that ComfyUI does not know, as its kind of tensor, told how to dequantise
+    it.
+    """
+    names = [name for name in format.layout(*shape) if name != "weight"]
+    name, layout = _layout(format, tuple(names))
+    scale, *others = (parts[name] for name in names)
+    params = layout.Params(scale, dtype, shape, *others)
+    return quant_ops.QuantizedTensor(parts["weight"], name, params)
+
+
+@cache
+def _layout(format: Format, names: tuple[str, ...]) -> tuple[str, Any]:
+    """ComfyUI's description of a format whose side tensors have these names, and the name it has there."""
+    from comfy_kitchen.tensor import BaseLayoutParams
+
+    fields = ("scale", *names[1:])  # ComfyUI's name for the first
+
+    class Layout(quant_ops.QuantizedLayout):
+        Params = dataclasses.make_dataclass(
+            "Params",
+            [(name, Tensor) for name in fields[1:]],
+            bases=(BaseLayoutParams,),
+            frozen=True,
+            namespace={"_tensor_fields": lambda self: list(fields)},
+        )
+
+        @classmethod
+        def dequantize(cls, qdata: Tensor, params: Any) -> Tensor:
+            beside = {name: getattr(params, field) for name, field in zip(names, fields, strict=True)}
+            return format.decode({"weight": qdata, **beside}, params.orig_dtype)
+
+        @classmethod
+        def state_dict_tensors(cls, qdata: Tensor, params: Any) -> dict[str, Tensor]:
+            pairs = zip(names, fields, strict=True)
+            return {"": qdata} | {
+                name.removeprefix("weight"): getattr(params, field) for name, field in pairs
+            }
+
+    name = f"Lance{format.name}"
+    quant_ops.register_layout_class(name, Layout)
+    return name, Layout
+
+
+def _dequantised(weight: Tensor) -> Tensor:
+    """A weight for a product: quantised ones in full precision."""
+    return weight.dequantize() if isinstance(weight, quant_ops.QuantizedTensor) else weight
+
+
+# -- VAE
+# ------------------------------------------------------------------------------------------------------
+
+
+def set_up_vae(
+    vae: Any, config: VAEConfig, encode_bytes: Callable[..., int], decode_bytes: Callable[..., int]
+) -> None:
+    """Give a comfy.sd.VAE all that its own constructor would, which insists on the widths of the VAEs it
+    knows.
+
+    encode_bytes, decode_bytes: (shape, dtype) -> bytes of one pass. Attributes that only newer versions read
+    are set for
+    all: the older ones do not look at them.
+    """
+    time, space = config.temporal_ratio, config.spatial_ratio
+    vae.working_dtypes = [torch.bfloat16, torch.float16, torch.float32]
+    vae.device = mm.vae_device()
+    vae.vae_dtype = mm.vae_dtype(vae.device, vae.working_dtypes)
+    vae.output_device = mm.intermediate_device()
+    vae.latent_channels, vae.latent_dim, vae.output_channels = config.latent_channels, 3, 3
+    vae.upscale_ratio = (lambda t: max(0, t * time - (time - 1)), space, space)
+    vae.downscale_ratio = (lambda t: max(0, (t + time - 1) // time), space, space)
+    vae.upscale_index_formula = vae.downscale_index_formula = (time, space, space)
+    vae.process_input = lambda image: image * 2.0 - 1.0
+    # In place: newer ComfyUIs ignore what is returned.
+    vae.process_output = lambda image: image.add_(1.0).div_(2.0).clamp_(0.0, 1.0)
+    vae.memory_used_encode, vae.memory_used_decode = encode_bytes, decode_bytes
+    vae.disable_offload = vae.not_video = False
+    vae.crop_input = True
+    vae.extra_1d_channel = vae.pad_channel_value = vae.audio_sample_rate = None
+    vae.handles_tiling, vae.format_encoded = False, None
+
+
+# -- attention and services
+# -----------------------------------------------------------------------------------
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
+    """`lance_core.model.attention.attention` by ComfyUI's attention, so that the user's choice of backend
+    holds.
+
+    Query heads that share a key head are laid one after the other along the queries, so keys are never
+    expanded and any backend will do. The user's interrupt is checked here, once a layer.
+    """
+    if not torch.compiler.is_compiling():
+        mm.throw_exception_if_processing_interrupted()
+    n, heads, groups, keys = q.shape[1], q.shape[2], k.shape[2], k.shape[1]
+    k, v = k.transpose(1, 2), v.transpose(1, 2)
+    if not causal or n == 1:
+        return _grouped(q, k, v, groups)
+    # Long prompts go through a stretch of queries at a time, against the keys they see: a whole mask would
+    # have a row for every query of every head that shares a key head, and gigabytes at 20,000 tokens.
+    stretch = max(1, MASK_ELEMENTS // (heads // groups * keys))
+    parts = []
+    for start in range(0, n, stretch):
+        some = q[:, start : start + stretch]
+        seen = keys - n + start + some.shape[1]
+        # Added, not boolean: not every backend of ComfyUI knows the latter.
+        mask = torch.full((some.shape[1], seen), torch.finfo(q.dtype).min, dtype=q.dtype, device=q.device)
+        mask = mask.triu(seen - some.shape[1] + 1).repeat(heads // groups, 1)
+        parts.append(_grouped(some, k[:, :, :seen], v[:, :, :seen], groups, mask))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _grouped(q: Tensor, k: Tensor, v: Tensor, groups: int, mask: Tensor | None = None) -> Tensor:
+    """ComfyUI's attention of q [b, n, heads, width] over k, v [b, groups, keys, width]."""
+    out = optimized_attention(
+        fold_groups(q, groups), k, v, groups, mask=mask, skip_reshape=True, skip_output_reshape=True
+    )
+    return unfold_groups(out, q.shape[2])
+
+
+def fix_empty_latent(patcher: Any, latent: dict[str, Any]) -> Tensor:
+    """The samples of a LATENT, an empty one of another model given the channels and size of ours.
+
+    Newer ComfyUIs tag an empty latent with the pixels a cell of it stands for; where their function takes the
+    tags, the size in pixels stays what was asked for.
+    """
+    fix = comfy.sample.fix_empty_latent_channels
+    taken = inspect.signature(fix).parameters
+    return fix(patcher, latent["samples"], **{tag: latent.get(tag) for tag in LATENT_TAGS if tag in taken})
+
+
+def progress(total: int | None = None) -> Callable[[int, int], None]:
+    """A (done, total) callback that moves the running node's progress bar and obeys interrupts."""
+    bar = comfy.utils.ProgressBar(total or 1)
+
+    def update(done: int, total: int) -> None:
+        mm.throw_exception_if_processing_interrupted()
+        bar.update_absolute(done, total)
+
+    return update
+
+
+def show_text(text: str, node_id: str | None) -> None:
+    """Write text onto a node while it runs. Some frontends render it as HTML, so what could open a tag is
+    replaced.
+    """
+    from server import PromptServer
+
+    server = getattr(PromptServer, "instance", None)
+    if server is not None and node_id is not None and hasattr(server, "send_progress_text"):
+        server.send_progress_text(text.replace("<", "\u2039").replace("&", "\uff06"), node_id)
+
+
+def video_file(video: Any) -> Any | None:
+    """The file a VIDEO is, a path or a binary file; None where it is something else or part of a file."""
+    if not isinstance(video, VideoFromFile):
+        return None
+    if hasattr(video, "get_active_trim_window"):
+        whole = video.get_active_trim_window() == (0, 0)
+    else:
+        whole = not hasattr(video, "as_trimmed")  # some versions trim without telling where
+    return video.get_stream_source() if whole else None
+
+
+def has_wrapper(patcher: Any, kind: str, key: str) -> bool:
+    """Whether some node has put a wrapper of this kind and key on the model."""
+    return bool(patcher is not None and patcher.get_wrappers(kind, key))
