@@ -116,7 +116,7 @@ def case(n: int, seed: int, shared: dict[str, Any]) -> None:
     known = ASK if task.output == "text" else GOOD
     options = {key: rng.choice(values) for key, values in known.items() if rng.random() < 0.5}
     options |= {"steps": rng.choice(GOOD["steps"])} if known is GOOD else {"max_new_tokens": 2}
-    options.setdefault("resolution", "video_192p" if task.is_video else "image_256res")
+    preset = "video_192p" if task.is_video else "image_256res"
     if known is GOOD and not task.sized_by_input:
         options |= {"width": 32, "height": 32}
     if task.takes:
@@ -129,6 +129,12 @@ def case(n: int, seed: int, shared: dict[str, Any]) -> None:
             text = value
         else:
             options[key] = value
+    # None stands for a default, and the defaults are the released sizes.
+    for key, small in (("resolution", preset), ("num_frames", 5), ("steps", 1), ("max_new_tokens", 2)):
+        if options.get(key) is None and (key != "num_frames" or task.output == "video"):
+            options[key] = small
+    for key in ("num_frames", "steps") if task.output == "text" else ("max_new_tokens",):
+        options.pop(key, None)
     if task.output == "text":
         options.pop("references", None)
         shared["lance"].understand(text, **options)
