@@ -208,7 +208,7 @@ def llm_config(raw: Mapping[str, Any], shapes: Shapes, where: str) -> LLMConfig:
 
 
 VIT_SIZES = {
-    "depth": MAX_LAYERS,
+    "depth": 1 << 24,  # compared with the blocks counted in the file before anything is built
     "hidden_size": MAX_SIDE,
     "intermediate_size": MAX_SIDE,
     "num_heads": MAX_HEADS,

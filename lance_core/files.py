@@ -66,7 +66,7 @@ def open_append(path: str | os.PathLike) -> BinaryIO:
 
 
 def _checked(descriptor: int, mode: str, buffering: int) -> BinaryIO:
-    """The open descriptor as a file, if a regular file is behind it: it may have changed since the look."""
+    """The open descriptor as a file, if it is a regular file's: it may have changed since the look."""
     try:
         found = os.fstat(descriptor).st_mode
         if not stat.S_ISREG(found):

@@ -143,8 +143,7 @@ class TorchFile:
         device: torch.device | str = "cpu",
         out: Tensor | None = None,
     ) -> Tensor:
-        """The tensor, owning its memory, in `dtype` (None: as in the file) on `device`, or written into
-        `out`.
+        """The tensor, owning its memory, in `dtype` (None: the file's) on `device`, or written into `out`.
 
         A copy always: the archive is mapped, and must not live on in what was read from it.
         """

@@ -286,7 +286,7 @@ class Job:
     # -- getting it ------------------------------------------------------------------------------------------
 
     def fetch(self, path: str, entry: Expected) -> None:
-        """Make the part whole, by the hub's cache or the network, and name it if the hash is right."""
+        """Make the part whole, by the hub's cache or the network, and name it if its hash is right."""
         target, part = self.root / path, PartFile(self.part(path, entry), entry)
         target.parent.mkdir(parents=True, exist_ok=True)
         base = self.watch.done

@@ -32,7 +32,7 @@ RELEASED: dict[str, dict[str, int]] = {
     | _SHARED
     for name, size in {"Lance_3B": 12_370_600_000, "Lance_3B_Video": 14_211_300_000}.items()
 }
-"""Checkpoint -> the files it needs, by their path in repository and folder, and about how many bytes."""
+"""Checkpoint -> the files it needs, by their path in repository and folder alike, and roughly their bytes."""
 
 
 class DownloadError(LanceError):

@@ -25,7 +25,7 @@ from ..stored_values import read_json
 SPECIALS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>")
 MAX_ID = 1 << 24
 MAX_MERGES = 1 << 22  # Qwen2 has 151,387
-MAX_TEXT = 1 << 20  # characters encoded at once; the library itself fails above some millions
+MAX_TEXT = 1 << 18  # characters encoded at once, in seconds; the library itself fails above some millions
 MERGES_BYTES = 256 << 20
 
 QWEN2_SPLIT = (
@@ -200,7 +200,9 @@ class Tokenizer:
             RequestError: the text is too long to encode, or half of a surrogate pair is in it.
         """
         if len(text) > MAX_TEXT:
-            raise RequestError(f"The text has {len(text):,} characters; at most {MAX_TEXT:,} can be encoded.")
+            raise RequestError(
+                f"The text has {len(text):,} characters, at most {MAX_TEXT:,} can be encoded; shorten it."
+            )
         for at, character in enumerate(text) if not _is_text(text) else ():
             if "\ud800" <= character <= "\udfff":
                 raise RequestError(

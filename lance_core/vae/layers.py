@@ -195,7 +195,7 @@ class Encoder(nn.Module):
         self.head = head(widths[-1], 2 * config.latent_channels, ops, **place)
 
     def reduce(self, x: Tensor, stream: Stream) -> Tensor:
-        """The levels, local in space: [b, 3 patch^2, t, H/patch, W/patch] -> [b, width, t', h, w]."""
+        """The levels: [b, 3 patch^2, t, H/patch, W/patch] -> features [b, width, t', h, w]."""
         x = causal_conv(self.conv1, x, stream)
         for layer in self.downsamples:
             x = layer(x, stream)

@@ -102,22 +102,22 @@ def test_a_damaged_file_is_refused_by_name(comfy, files):
 
 
 def test_nothing_is_downloaded_unless_chosen(comfy, monkeypatch, tmp_path):
-    loader = small.module(comfy, "nodes.loader")
-    monkeypatch.setattr(loader.folder_paths, "get_folder_paths", lambda name: [str(tmp_path)])
-    options = loader.choices()
-    assert options[0] == loader.CHOOSE
+    checkpoints = small.module(comfy, "nodes.checkpoints")
+    monkeypatch.setattr(checkpoints.folder_paths, "get_folder_paths", lambda name: [str(tmp_path)])
+    options = checkpoints.choices()
+    assert options[0] == checkpoints.CHOOSE
     assert [o.split(" (")[0] for o in options[1:]] == ["Lance_3B", "Lance_3B_Video"]
     assert all("download" in o and "GB" in o for o in options[1:])
-    assert "By hand" in loader.refusal(loader.CHOOSE)
-    assert "download" in loader.refusal("Lance_3B")
-    assert loader.refusal(options[1]) is None
+    assert "By hand" in checkpoints.refusal(checkpoints.CHOOSE)
+    assert "download" in checkpoints.refusal("Lance_3B")
+    assert checkpoints.refusal(options[1]) is None
 
 
 def test_choosing_downloads_and_then_loads(comfy, monkeypatch, tmp_path):
     import shutil
 
-    loader = small.module(comfy, "nodes.loader")
-    monkeypatch.setattr(loader.folder_paths, "get_folder_paths", lambda name: [str(tmp_path)])
+    checkpoints = small.module(comfy, "nodes.checkpoints")
+    monkeypatch.setattr(checkpoints.folder_paths, "get_folder_paths", lambda name: [str(tmp_path)])
     asked = []
 
     def fetched(name, root, progress, check):
@@ -127,8 +127,8 @@ def test_choosing_downloads_and_then_loads(comfy, monkeypatch, tmp_path):
             check()
         shutil.copytree(GOLDEN / "checkpoint", root, dirs_exist_ok=True)
 
-    monkeypatch.setattr(loader.download, "download", fetched)
-    label = loader.download.label("Lance_3B")
+    monkeypatch.setattr(checkpoints.download, "download", fetched)
+    label = checkpoints.download.label("Lance_3B")
     got = comfy.run(graph(label), [("sampler", 0)])
     assert asked == [("Lance_3B", str(tmp_path))]
     assert any(n == "loader" and v == 2 for n, v, _ in got.progress)
