@@ -14,7 +14,7 @@ from .model.dual_expert import DualExpert
 from .model.sequence import Sequence
 from .model.token_loop import TokenLoop
 
-MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-3, 1e3
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e3
 MAX_SEED = 2**64 - 1
 
 

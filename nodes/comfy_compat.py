@@ -48,7 +48,7 @@ FLOAT_DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
 def patcher_class(disable_dynamic: bool = False) -> Any:
-    """The ModelPatcher that ComfyUI itself constructs; newer ones choose a dynamic one at start, so ask late."""
+    """The ModelPatcher that ComfyUI itself constructs; newer ones choose one at start, so ask late."""
     plain = comfy.model_patcher.ModelPatcher
     return plain if disable_dynamic else getattr(comfy.model_patcher, "CoreModelPatcher", plain)
 

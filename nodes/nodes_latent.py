@@ -3,20 +3,36 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from functools import cache
+from typing import Any
 
 import comfy.latent_formats
 import torch
 from comfy_api.latest import InputImpl, Types, io
 
-from ..lance_core.config import MAX_FRAMES, OUTPUT_FPS, latent_grid
+from ..lance_core.config import (
+    CELL,
+    FRAMES_PER_LATENT,
+    MAX_FRAMES,
+    MAX_LATENT_SIDE,
+    OUTPUT_FPS,
+    RELEASED_LLM,
+    latent_grid,
+)
 from ..lance_core.errors import RequestError
 from ..lance_core.inputs.preprocess import crop_resize, vae_size
+from ..lance_core.inputs.sizes import PRESETS
 from ..lance_core.inputs.tasks import SIZES, check_size, resolve_frames
+from ..lance_core.model.experts import expert_parameters
+from ..lance_core.model.memory import DenoisingMemory
 from . import latents, pictures
 from .sockets import CATEGORY, checked
 
 CUSTOM = "custom"
 SIZE_PRESETS = list(SIZES)
+VIDEO_PRESETS = ["video_480p", "video_360p", "video_192p"]
+MAX_SIDE = MAX_LATENT_SIDE * CELL
+WIDEST = max(side for by_aspect in SIZES.values() for size in by_aspect.values() for side in size)
 ASPECTS = list(SIZES["image_768res"])
 
 
@@ -26,9 +42,32 @@ def _frames_input(default: int) -> io.Int.Input:
         default=default,
         min=1,
         max=MAX_FRAMES,
-        step=4,
-        tooltip="1 makes an image. Videos have 4k+1 frames at 12 a second, at most 121 (10 s).",
+        step=FRAMES_PER_LATENT,
+        tooltip=f"1 makes an image. Videos have 4k+1 frames at {OUTPUT_FPS} a second, at most {MAX_FRAMES} "
+        f"({MAX_FRAMES // OUTPUT_FPS} s).",
     )
+
+
+BF16 = 2  # bytes
+
+
+@cache
+def canvas_facts() -> dict[str, Any]:
+    """What the canvas's script needs to say what a size means; it travels with the node's schema.
+
+    Bytes are those of the released model in bfloat16.
+    """
+    memory = DenoisingMemory.of(RELEASED_LLM, BF16).to_json()
+    return {
+        "sizes": SIZES,
+        "sides": {preset: PRESETS[preset][0] for preset in VIDEO_PRESETS},
+        "cell": CELL,
+        "frames_per_latent": FRAMES_PER_LATENT,
+        "max_side": MAX_SIDE,
+        "max_frames": MAX_FRAMES,
+        "fps": OUTPUT_FPS,
+        "memory": memory | {"weights": BF16 * expert_parameters(RELEASED_LLM)},
+    }
 
 
 BATCH = {
@@ -56,6 +95,7 @@ class EmptyLanceLatent(io.ComfyNode):
                     default="image_768res",
                     tooltip="Sizes the model was trained for; 768 for images, 480p or 360p for video. "
                     "custom: width and height below.",
+                    extra_dict={"lance": canvas_facts()},
                 ),
                 io.Combo.Input(
                     "aspect", options=ASPECTS, default="1:1", tooltip="Width to height, for the presets."
@@ -64,7 +104,7 @@ class EmptyLanceLatent(io.ComfyNode):
                     "width",
                     default=768,
                     min=16,
-                    max=1168,
+                    max=WIDEST,
                     step=16,
                     tooltip="Pixels, for custom; at most 1024 (1168 by 496).",
                 ),
@@ -72,7 +112,7 @@ class EmptyLanceLatent(io.ComfyNode):
                     "height",
                     default=768,
                     min=16,
-                    max=1168,
+                    max=WIDEST,
                     step=16,
                     tooltip="Pixels, for custom; at most 1024.",
                 ),
@@ -109,12 +149,16 @@ class LanceImageToVideoLatent(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "size",
-                    options=["video_480p", "video_360p", "video_192p", CUSTOM],
+                    options=[*VIDEO_PRESETS, CUSTOM],
                     default="video_480p",
                     tooltip="The picture's own shape at this size, or custom: width and height below.",
                 ),
-                io.Int.Input("width", default=848, min=16, max=1024, step=16, tooltip="Pixels, for custom."),
-                io.Int.Input("height", default=480, min=16, max=1024, step=16, tooltip="Pixels, for custom."),
+                io.Int.Input(
+                    "width", default=848, min=16, max=MAX_SIDE, step=16, tooltip="Pixels, for custom."
+                ),
+                io.Int.Input(
+                    "height", default=480, min=16, max=MAX_SIDE, step=16, tooltip="Pixels, for custom."
+                ),
                 _frames_input(49),
                 io.Int.Input("batch_size", **BATCH),
             ],

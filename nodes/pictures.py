@@ -93,12 +93,14 @@ def to_bytes(images: Tensor, mask: Tensor | None = None, picks: list[int] | None
         masks = mask.reshape(-1, *mask.shape[-2:])
         if masks.shape[1:] != (height, width):
             raise RequestError(
-                f"The mask is {mask.shape[-1]}x{mask.shape[-2]} and the image {width}x{height}: connect the mask "
+                f"The mask is {mask.shape[-1]}x{mask.shape[-2]} and the image {width}x{height}: connect the "
+                "mask "
                 "of the same image."
             )
         if len(masks) > len(images):
             raise RequestError(
-                f"{len(masks)} masks came for {len(images)} image(s): connect a mask for each, or one for all."
+                f"{len(masks)} masks came for {len(images)} image(s): connect a mask for each, or one for "
+                "all."
             )
     try:
         return media.pictures(images, mask, picks)

@@ -41,13 +41,15 @@ MARGIN = 16
 _FRAME = """async margin => {
   const {canvas, graph} = app, boxes = graph._groups.map(group => group._bounding);
   const left = Math.min(...boxes.map(b => b[0])), top = Math.min(...boxes.map(b => b[1]));
-  const width = Math.max(...boxes.map(b => b[0] + b[2])) - left, height = Math.max(...boxes.map(b => b[1] + b[3])) - top;
+  const width = Math.max(...boxes.map(b => b[0] + b[2])) - left;
+  const height = Math.max(...boxes.map(b => b[1] + b[3])) - top;
   const area = canvas.canvas.getBoundingClientRect(), bar = 120;
   const scale = Math.min((area.width - 200) / width, (area.height - bar - 100) / height, 1.25);
   canvas.ds.scale = scale;
   canvas.ds.offset = [(150 + margin) / scale - left, (bar + margin) / scale - top];
   canvas.setDirty(true, true);
-  return {x: area.left + 150, y: area.top + bar, width: width * scale + 2 * margin, height: height * scale + 2 * margin};
+  return {x: area.left + 150, y: area.top + bar,
+    width: width * scale + 2 * margin, height: height * scale + 2 * margin};
 }"""
 # Both draw on a canvas in the page, which has fonts and filters; `png` is the screenshot in base64.
 _SHRINK = """async ([png, width]) => {

@@ -28,7 +28,8 @@ SHARES = {"header": 4000, "file": 2500, "single": 1500, "json": 2000, "torch": 1
 assert sum(SHARES.values()) == ROUNDS
 
 VALUES = [
-    None, True, -1, 0, 1, 3, 2**31, 2**63, 2**64, 10**30, 1e308, "", "F32", "\x00", "../../etc/passwd", [], [[]], [-1], [2**62], {}, {"a": {}},
+    None, True, -1, 0, 1, 3, 2**31, 2**63, 2**64, 10**30, 1e308, "", "F32", "\x00", "../../etc/passwd",
+    [], [[]], [-1], [2**62], {}, {"a": {}},
 ]  # fmt: skip
 
 

@@ -447,7 +447,15 @@ def test_cancelling_leaves_nothing_behind(write_checkpoint, tmp_path):
         options = {"resolution": "image_256res", "max_new_tokens": 4}
         return lance.understand("?", image=picture(20, 20), **options, **more)
 
-    for stage in ("loading vae", "loading und", "looking", "encoding", "denoising", "decoding", "writing"):
+    for stage in (
+        "loading vae",
+        "loading und",
+        "encoding the picture",
+        "encoding",
+        "denoising",
+        "decoding",
+        "writing",
+    ):
         lance.components.progress = lambda what, done, total, stage=stage: stop() if what == stage else None
         with pytest.raises(Stop):
             question() if stage == "writing" else ask()
@@ -473,7 +481,7 @@ def test_progress_reports_every_stage_to_its_end(write_checkpoint, tmp_path):
         "image_edit", "a fox", image=picture(20, 20), resolution="image_256res", steps=2, batch_size=2
     )
     assert set(last) >= {f"loading {p}" for p in ("und", "gen", "vit", "vae")} | {
-        "looking",
+        "encoding the picture",
         "encoding",
         "denoising",
         "decoding",

@@ -66,7 +66,7 @@ def test_vit_angles_are_rounded_three_times():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_compute_dtype_turns_by_the_same_angles(golden, monkeypatch, dtype):
-    """What the layers are handed: float32 tables of rounded frequencies, also where the weights are float32."""
+    """What the layers are handed: float32 tables of rounded frequencies, whatever the weights' dtype."""
     seen: list[torch.Tensor] = []
     tables = rope.tables
 

@@ -83,7 +83,7 @@ def test_calls(drawn):
 
 
 def test_passes(drawn):
-    """What ours runs: the shared prefix once, then each branch's rest, every pass over all that is before it."""
+    """What ours runs: the shared prefix once, then each branch's rest, each pass over all before it."""
     prefix, rests = drawn.plan.lengths
     assert sum(tokens for branch, tokens, *_ in drawn.passes if branch is None) == prefix
     for i, rest in zip(Branch, rests, strict=False):

@@ -17,7 +17,6 @@ from lance_core.config import RELEASED_VAE, VAEConfig, vae_config
 from lance_core.errors import CheckpointError, RequestError
 from lance_core.inputs.media import load_image, read_clip
 from lance_core.inputs.preprocess import vae_frames
-from lance_core.vae import wan as vae_module
 from lance_core.vae.wan import WanVAE, _spans, denormalize_latent, normalize_latent
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -237,7 +236,7 @@ def test_calls_may_interleave(vae):
 
 
 def exhaust_once(monkeypatch, owner, name: str, at_call: int) -> None:
-    """Make a method run out of memory on one call, and check on the next that nothing of that pass is left."""
+    """Make a method run out of memory on one call, and check on the next that nothing of it is left."""
     real, calls, made = getattr(owner, name), [], []
 
     def method(x, stream):

@@ -46,7 +46,7 @@ def patches_of(config: ViTConfig, grids, seed: int = 1) -> torch.Tensor:
 
 
 def naive(tower: VisionTower, patches: torch.Tensor, grids) -> torch.Tensor:
-    """The same function with loops and boolean masks over all patches, in their natural (merge-group) order."""
+    """The same function with loops and boolean masks over all patches, in merge-group order."""
     config, weights = tower.config, {k: v.double() for k, v in tower.state_dict().items()}
     merge, window = config.spatial_merge_size, config.window_size // config.patch_size
     where = []  # (grid, frame, row, col) of every patch

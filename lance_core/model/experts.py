@@ -119,3 +119,9 @@ def latent_positions(grid: Grid, hidden: int) -> Tensor:
         angles = coordinate.flatten().double()[:, None] * frequencies
         parts += [angles.sin().float(), angles.cos().float()]
     return torch.cat(parts, dim=-1)
+
+
+def expert_parameters(config: LLMConfig) -> int:
+    """How many weights both experts have together, embeddings included; nothing is allocated."""
+    experts = (Understanding(config, device="meta"), Generation(config, device="meta"))
+    return sum(weight.numel() for expert in experts for weight in expert.parameters())

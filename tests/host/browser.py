@@ -40,12 +40,15 @@ _READY = "() => window.app?.graph && Object.keys(window.LiteGraph?.registered_no
 _LISTEN = """() => {
   window.__said = [];
   const api = window.comfyAPI.api.api;
-  for (const type of ['execution_success', 'execution_error', 'execution_interrupted', 'progress_text', 'executed'])
+  const types = ['execution_success', 'execution_error', 'execution_interrupted', 'progress_text',
+    'executed'];
+  for (const type of types)
     api.addEventListener(type, event => window.__said.push({type, detail: event.detail}));
 }"""
 # `wanted`: older frontends leave unknown nodes out when they convert an API workflow, so the graph alone does
 # not tell.
-_MISSING = """wanted => [...new Set([...wanted, ...(app.graph.nodes ?? app.graph._nodes).map(node => node.type)])]
+_MISSING = """wanted => [...new Set([...wanted,
+    ...(app.graph.nodes ?? app.graph._nodes).map(node => node.type)])]
   .filter(type => !LiteGraph.registered_node_types[type])"""
 _HAVING_ERRORS = (
     "() => (app.graph.nodes ?? app.graph._nodes).filter(node => node.has_errors).map(node => node.type)"

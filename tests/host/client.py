@@ -68,7 +68,7 @@ class NoAnswerError(TimeoutError):
 
 @dataclass(frozen=True)
 class Message:
-    """One thing the server said. Binary previews have type "preview" and the image's bytes in data["image"]."""
+    """What the server said. Binary previews have type "preview", the image's bytes in data["image"]."""
 
     type: str
     data: dict[str, Any]

@@ -224,7 +224,8 @@ class ComfyCli:
     def __call__(self, *arguments: str, timeout: float = 300) -> list[dict[str, Any]]:
         """Run `comfy --skip-prompt --json ...` and return the JSON objects it printed. Raises CliError."""
         environment = {
-            **os.environ, "HOME": str(self.home), "XDG_CONFIG_HOME": str(self.home / "config"), "DO_NOT_TRACK": "1",
+            **os.environ, "HOME": str(self.home),
+            "XDG_CONFIG_HOME": str(self.home / "config"), "DO_NOT_TRACK": "1",
             "COMFY_NO_WATCH": "1", "NO_COLOR": "1",
         }  # fmt: skip
         command = [str(self.program), "--skip-prompt", "--json", *arguments]

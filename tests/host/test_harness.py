@@ -22,7 +22,8 @@ class StubSlow:
 
     @classmethod
     def INPUT_TYPES(cls):
-        return {"required": {"steps": ("INT", {"default": 3}), "fail": ("BOOLEAN", {"default": False})}, "hidden": {"node": "UNIQUE_ID"}}
+        required = {"steps": ("INT", {"default": 3}), "fail": ("BOOLEAN", {"default": False})}
+        return {"required": required, "hidden": {"node": "UNIQUE_ID"}}
 
     def go(self, steps, fail, node):
         from PIL import Image

@@ -1,4 +1,4 @@
-"""The pack in a real server: how it is installed and imported, and what a client sees of it over many jobs."""
+"""The pack in a real server: how it is installed and imported, what a client sees of it over many jobs."""
 
 from __future__ import annotations
 
@@ -75,7 +75,9 @@ def guard(*args, **kwargs):
     raise AssertionError("touched a device")
 
 torch.cuda._lazy_init = torch.Tensor.cuda = mm.load_models_gpu = mm.get_torch_device = guard
-spec = importlib.util.spec_from_file_location("pack", {pack!r} + "/__init__.py", submodule_search_locations=[{pack!r}])
+pack = {pack!r}
+places = {{"submodule_search_locations": [pack]}}
+spec = importlib.util.spec_from_file_location("pack", pack + "/__init__.py", **places)
 pack = sys.modules["pack"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(pack)
 nodes = asyncio.run(asyncio.run(pack.comfy_entrypoint()).get_node_list())

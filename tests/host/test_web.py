@@ -4,7 +4,6 @@ browser and on two frontends.
 
 from __future__ import annotations
 
-import ast
 import json
 import re
 import shutil
@@ -141,7 +140,7 @@ def inputs(info: dict) -> dict:
 
 
 def saved_graph(page) -> dict:
-    """The graph as a file would hold it (a value handed over by the browser has null where it was undefined)."""
+    """The graph as a file would hold it (the browser hands over null for what was undefined)."""
     return json.loads(page.page.evaluate("() => JSON.stringify(app.graph.serialize())"))
 
 
@@ -151,7 +150,8 @@ def value(page, node: int, name: str):
 
 def line(page, node: int) -> list[str]:
     """The two halves of the live line."""
-    script = f"id => {{ {_NODE} return [...widget('lance_info').element.children].map(part => part.textContent); }}"
+    parts = "[...widget('lance_info').element.children].map(part => part.textContent)"
+    script = f"id => {{ {_NODE} return {parts}; }}"
     return page.page.evaluate(script, node)
 
 
@@ -167,57 +167,34 @@ def open_help(page, node_type: str):
 # -- without a host ------------------------------------------------------------------------------------------
 
 
-def test_the_scripts_sizes_are_the_cores():
-    request = pytest.importorskip("lance_core.inputs.tasks")
-    table = SCRIPT[SCRIPT.index("const SIZES = {") :].partition("= ")[2].partition(";\n")[0]
-    table = re.sub(r"(\w+): \{", r'"\1": {', table)
-    table = re.sub(r",(\s*})", r"\1", table)
-    assert json.loads(table) == {
-        preset: {a: list(size) for a, size in sizes.items()} for preset, sizes in request.SIZES.items()
-    }
-    preprocess = pytest.importorskip("lance_core.inputs.preprocess")
-    sides = dict(
-        re.findall(r"(video_\d+p): (\d+)[,\s]", re.search(r"const SIDES = \{(.*?)\}", SCRIPT)[1] + " ")
-    )
-    assert sides == {
-        preset: str(preprocess.PRESETS[preset][0]) for preset in ("video_480p", "video_360p", "video_192p")
-    }
+def test_the_script_has_no_numbers_of_its_own():
+    """Sizes, limits and bytes come with the node's schema; what is left are roundings."""
+    code = re.sub(r"//.*|/\*.*?\*/", "", SCRIPT[SCRIPT.index("function gigabytes") :], flags=re.DOTALL)
+    code = code.partition("/** Grey")[0].partition("function greyOut")[0]
+    assert set(re.findall(r"(?<![\w.])\d[\d.e_]*", code)) <= {"0", "1", "1e9"}
 
 
-def arithmetic(node: ast.expr) -> float:
-    """The value of sums and products of numbers, which is all the script's constants are made of."""
-    if isinstance(node, ast.Constant):
-        return node.value
-    assert isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Add, ast.Mult)), ast.dump(node)
-    left, right = arithmetic(node.left), arithmetic(node.right)
-    return left + right if isinstance(node.op, ast.Add) else left * right
+def test_the_schema_tells_the_canvas_what_sizes_mean(descriptions):
+    """As the core has it: a step's memory by the script's own formula is DenoisingMemory's."""
+    from lance_core.config import RELEASED_LLM
+    from lance_core.inputs.sizes import PRESETS
+    from lance_core.inputs.tasks import SIZES
+    from lance_core.model.experts import expert_parameters
+    from lance_core.model.memory import DenoisingMemory
 
-
-def test_the_scripts_memory_is_the_released_models():
-    torch = pytest.importorskip("torch")
-    from lance_core.config import RELEASED_LLM as LLM
-    from lance_core.model.decoder import FEED_CHUNK
-    from lance_core.model.dual_expert import Generation, Understanding
-
-    def constant(name: str) -> float:
-        expression = ast.parse(re.search(rf"const {name} = (.*);", SCRIPT)[1], mode="eval").body
-        return arithmetic(expression)
-
-    weights = sum(
-        p.numel()
-        for expert in (Generation, Understanding)
-        for p in expert(LLM, torch.nn, device="meta").parameters()
-    )
-    assert constant("WEIGHTS") == pytest.approx(2 * weights, rel=0.01)
-    key_value = 2 * LLM.num_kv_heads * LLM.head_dim * LLM.num_layers
-    assert constant("PER_TOKEN") == 2 * (key_value + LLM.hidden_size)
-    heads = (LLM.num_heads + 2 * LLM.num_kv_heads) * LLM.head_dim
-    queries = LLM.num_heads * LLM.head_dim
-    assert constant("ATTENDING") == (2 * (LLM.hidden_size + heads + queries) + queries) * 2
-    assert constant("ROTATING") == 8 * queries
-    assert constant("FEEDING") == 4 * LLM.hidden_size * 2
-    assert constant("PER_PIECE_TOKEN") == 2 * 2 * LLM.intermediate_size
-    assert constant("PIECE") == FEED_CHUNK
+    facts = descriptions["EmptyLanceLatent"]["input"]["required"]["size"][1]["lance"]
+    assert facts["sizes"] == {p: {a: list(size) for a, size in sizes.items()} for p, sizes in SIZES.items()}
+    assert facts["sides"] == {p: PRESETS[p][0] for p in ("video_480p", "video_360p", "video_192p")}
+    assert (facts["cell"], facts["max_side"], facts["max_frames"], facts["fps"]) == (16, 1024, 121, 12)
+    memory = facts["memory"]
+    assert memory["weights"] == 2 * expert_parameters(RELEASED_LLM) == pytest.approx(12.35e9, rel=0.01)
+    core = DenoisingMemory.of(RELEASED_LLM, 2)
+    for tokens in (2304, 49_290):
+        rows, some = memory["rows"], lambda count: min(count, memory["chunk"])
+        attending = rows * (tokens * memory["attending"] + some(tokens) * memory["rotating"])
+        feeding = rows * tokens * memory["feeding"] + some(rows * tokens) * memory["widening"]
+        by_script = tokens * (memory["key_value"] + memory["residual"]) + max(attending, feeding)
+        assert by_script == core.step(2, tokens, [0])
 
 
 def test_the_script_makes_no_html():
@@ -414,7 +391,8 @@ def test_chinese_is_shown(chinese, tmp_path):
     assert "连接示例" in text
     node = page.nodes()[0]["id"]
     title, outputs, widgets = page.page.evaluate(
-        f"id => {{ {_NODE} return [node.title, node.outputs.map(slot => slot.label ?? slot.localized_name ?? slot.name), "
+        f"id => {{ {_NODE} return [node.title, "
+        "node.outputs.map(slot => slot.label ?? slot.localized_name ?? slot.name), "
         "Object.fromEntries(node.widgets.map(widget => [widget.name, widget.label]))]; }",
         node,
     )

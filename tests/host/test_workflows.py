@@ -239,12 +239,16 @@ _CUT = """() => {
     return (w > node.size[0] + 1 && node.type !== 'LoadVideo') || h > node.size[1] + 1;
   });
   const texts = [...document.querySelectorAll('textarea, .comfy-markdown-content')].filter(text =>
-    !text.matches('.comfy-markdown textarea') && text.checkVisibility() && text.clientHeight && text.scrollHeight > text.clientHeight + 2);
-  return [...small.map(node => `${node.type} needs ${node.computeSize()}, has ${node.size}`), ...texts.map(text => text.value ?? text.innerText)];
+    !text.matches('.comfy-markdown textarea') && text.checkVisibility() && text.clientHeight &&
+    text.scrollHeight > text.clientHeight + 2);
+  return [...small.map(node => `${node.type} needs ${node.computeSize()}, has ${node.size}`),
+    ...texts.map(text => text.value ?? text.innerText)];
 }"""
 _OVERLAPS = """() => {
-  const boxes = app.graph.nodes.map(node => [node.type, node.pos[0], node.pos[1] - 30, node.pos[0] + node.size[0], node.pos[1] + node.size[1]]);
-  return boxes.flatMap((a, i) => boxes.slice(i + 1).filter(b => a[1] < b[3] && b[1] < a[3] && a[2] < b[4] && b[2] < a[4]).map(b => [a[0], b[0]]));
+  const boxes = app.graph.nodes.map(node => [node.type,
+    node.pos[0], node.pos[1] - 30, node.pos[0] + node.size[0], node.pos[1] + node.size[1]]);
+  return boxes.flatMap((a, i) => boxes.slice(i + 1).filter(
+    b => a[1] < b[3] && b[1] < a[3] && a[2] < b[4] && b[2] < a[4]).map(b => [a[0], b[0]]));
 }"""
 
 
@@ -296,7 +300,8 @@ def test_dropped_file_opens(page):
 
 # Pictures of templates that have been loaded; they are read into blobs, so only their texts tell whose they
 # are.
-_PICTURES = """names => [...document.images].filter(image => names.includes(image.alt) && image.naturalWidth === 640).map(image => image.alt)"""
+_PICTURES = """names => [...document.images].filter(
+    image => names.includes(image.alt) && image.naturalWidth === 640).map(image => image.alt)"""
 
 
 def test_template_browser_shows_and_opens_them(page, screenshots):

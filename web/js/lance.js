@@ -10,39 +10,9 @@ const ANSWERING = "LanceUnderstand";
 const EMPTY = "EmptyLanceLatent";
 const FROM_IMAGE = "LanceImageToVideoLatent";
 
-// [width, height] by preset and aspect. The same as SIZES in lance_core/request.py; tests/host/test_web.py compares them.
-const SIZES = {
-  image_768res: {
-    "21:9": [1168, 496], "16:9": [1024, 576], "3:2": [944, 624], "4:3": [880, 672],
-    "1:1": [768, 768], "3:4": [672, 880], "2:3": [624, 944], "9:16": [576, 1024],
-  },
-  video_480p: {
-    "21:9": [976, 416], "16:9": [848, 480], "3:2": [784, 528], "4:3": [736, 560],
-    "1:1": [640, 640], "3:4": [560, 736], "2:3": [528, 784], "9:16": [480, 848],
-  },
-  video_360p: {
-    "21:9": [672, 288], "16:9": [640, 352], "3:2": [528, 352], "4:3": [560, 416],
-    "1:1": [480, 480], "3:4": [416, 560], "2:3": [352, 528], "9:16": [352, 640],
-  },
-};
-// Side of the square with as many pixels as a start picture gets, whatever its shape.
-const SIDES = { video_480p: 640, video_360p: 480, video_192p: 256 };
-const CELL = 16; // pixels a side of one latent token
-const MAX_SIDE = 1024; // pixels, unless the size is one of SIZES
-const MAX_FRAMES = 121;
-const FPS = 12;
-
-// Bytes in bfloat16 with the released weights, as LanceModel.memory_required (nodes/model.py) counts them: the weights of
-// both experts; per token its key and value in every layer and its input; and what is widest, attention, whose float32 queries
-// exist for PIECE tokens of each row at once, or the feed-forward, whose widest tensors exist for PIECE tokens at once.
-const WEIGHTS = 12.35e9;
-const PER_TOKEN = 2 * 2 * 128 * 36 * 2 + 2048 * 2;
-const ATTENDING = (2 * (2048 + (16 + 2 * 2) * 128 + 16 * 128) + 16 * 128) * 2;
-const ROTATING = 8 * 16 * 128;
-const FEEDING = 4 * 2048 * 2;
-const PIECE = 8192;
-const PER_PIECE_TOKEN = 2 * 11008 * 2;
-const GUIDANCE = 2; // rows a result takes: with the prompt and without it
+// What sizes mean, from the schema of the latent nodes (nodes/nodes_latent.py, canvas_facts): sizes in pixels by preset and
+// aspect, what a latent cell is, limits, and the bytes of weights and of a denoising step. Nothing of it is said twice.
+let facts = null;
 
 const WORDS = {
   en: {
@@ -187,12 +157,15 @@ function addInfo(node) {
   update();
 }
 
+/** As DenoisingMemory.step in lance_core/model/memory.py, for a prompt that is short beside the picture. */
 function gigabytes(tokens, batch) {
-  const rows = GUIDANCE * batch;
-  const attending = rows * (tokens * ATTENDING + Math.min(tokens, PIECE) * ROTATING);
-  const feeding = rows * tokens * FEEDING + Math.min(rows * tokens, PIECE) * PER_PIECE_TOKEN;
-  const bytes = WEIGHTS + tokens * PER_TOKEN + Math.max(attending, feeding);
-  return (bytes / 1e9).toFixed(0);
+  const bytes = facts.memory;
+  const rows = bytes.rows * batch;
+  const some = (count) => Math.min(count, bytes.chunk);
+  const attending = rows * (tokens * bytes.attending + some(tokens) * bytes.rotating);
+  const feeding = rows * tokens * bytes.feeding + some(rows * tokens) * bytes.widening;
+  const kept = tokens * (bytes.key_value + bytes.residual);
+  return ((bytes.weights + kept + Math.max(attending, feeding)) / 1e9).toFixed(0);
 }
 
 /** What the node's values make: {what, warning, tokens, batch}; no tokens where they cannot be told. */
@@ -205,32 +178,34 @@ function describe(node) {
   if (deciding.some(linked)) return { what: text.linked };
 
   const asked = Math.floor(Number(value("frames")));
-  const frames = Math.floor((asked - 1) / 4) * 4 + 1;
+  const frames = Math.floor((asked - 1) / facts.frames_per_latent) * facts.frames_per_latent + 1;
   const batch = Number(value("batch_size"));
-  if (asked > MAX_FRAMES) return { what: text.long(MAX_FRAMES), warning: true };
+  if (asked > facts.max_frames) return { what: text.long(facts.max_frames), warning: true };
 
   let width, height, shape;
   if (custom) {
-    [width, height] = ["width", "height"].map((name) => Math.floor(Number(value(name)) / CELL) * CELL);
-    if (Math.min(width, height) < CELL) return { what: text.small, warning: true };
-    if (Math.max(width, height) > MAX_SIDE && !released(width, height)) return { what: text.large(MAX_SIDE), warning: true };
+    [width, height] = ["width", "height"].map((name) => Math.floor(Number(value(name)) / facts.cell) * facts.cell);
+    if (Math.min(width, height) < facts.cell) return { what: text.small, warning: true };
+    if (Math.max(width, height) > facts.max_side && !released(width, height))
+      return { what: text.large(facts.max_side), warning: true };
   } else if (node.comfyClass === FROM_IMAGE) {
-    width = height = SIDES[value("size")];
+    width = height = facts.sides[value("size")];
     shape = `≈ ${width} × ${height}`;
   } else {
-    [width, height] = SIZES[value("size")]?.[value("aspect")] ?? [];
+    [width, height] = facts.sizes[value("size")]?.[value("aspect")] ?? [];
   }
   if (!width || !height || !(frames >= 1)) return { what: "" };
 
   const parts = [shape ?? `${width} × ${height}`];
   if (asked === 1) parts.push(text.image);
-  else parts.push(asked === frames ? text.frames(frames) : text.lowered(asked, frames), text.seconds((frames / FPS).toFixed(1)));
-  const tokens = (1 + (frames - 1) / 4) * (width / CELL) * (height / CELL);
+  else parts.push(asked === frames ? text.frames(frames) : text.lowered(asked, frames), text.seconds((frames / facts.fps).toFixed(1)));
+  const cells = (width / facts.cell) * (height / facts.cell);
+  const tokens = (1 + (frames - 1) / facts.frames_per_latent) * cells;
   return { what: parts.join(" · "), warning: asked !== frames, tokens, batch };
 }
 
 function released(width, height) {
-  return Object.values(SIZES).some((table) => Object.values(table).some(([w, h]) => w === width && h === height));
+  return Object.values(facts.sizes).some((table) => Object.values(table).some(([w, h]) => w === width && h === height));
 }
 
 /** Grey what the chosen size does not look at. */
@@ -246,9 +221,12 @@ function greyOut(node) {
 app.registerExtension({
   name: "Lance",
   setup: streamAnswers,
+  beforeRegisterNodeDef(nodeType, nodeData) {
+    if (nodeData.name === EMPTY) facts = nodeData.input.required.size[1].lance;
+  },
   nodeCreated(node) {
     if (node.comfyClass === ANSWERING) addAnswer(node);
-    if (node.comfyClass === EMPTY || node.comfyClass === FROM_IMAGE) addInfo(node);
+    if (facts && (node.comfyClass === EMPTY || node.comfyClass === FROM_IMAGE)) addInfo(node);
     if (node.comfyClass === "LanceVAEDecode" && node.size[0] < 200) node.setSize([200, node.size[1]]); // room for its title
   },
 });

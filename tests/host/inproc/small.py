@@ -1,4 +1,4 @@
-"""Graphs small enough to run by the dozen, with stock nodes around ours; and a way to the pack's own modules."""
+"""Graphs small enough to run by the dozen, stock nodes around ours; and a way to the pack's modules."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ def away(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 @contextlib.contextmanager
 def partial_loading(monkeypatch, share: float):
-    """ComfyUI's load as with little memory; yields a list of how many modules were left behind at each load."""
+    """ComfyUI's load as with little memory; yields how many modules were left behind at each load."""
     import comfy.model_patcher
 
     load, left = comfy.model_patcher.ModelPatcher.load, []

@@ -317,10 +317,11 @@ def test_differences_live_in_one_file(comfy):
         if file.name == "comfy_compat.py":
             continue
         tree = ast.parse(file.read_text(encoding="utf-8"))
-        asked = [
-            n for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id in ("hasattr", "getattr")
-            and isinstance(n.args[0], ast.Name | ast.Attribute) and ast.unparse(n.args[0]).split(".")[0] in ("comfy", "mm", "folder_paths", "io")
-        ]  # fmt: skip
+        asked = []
+        for call in (n for n in ast.walk(tree) if isinstance(n, ast.Call)):
+            if ast.unparse(call.func) in ("hasattr", "getattr"):
+                whose = ast.unparse(call.args[0]).split(".")[0]
+                asked += [call] if whose in ("comfy", "mm", "folder_paths", "io") else []
         assert not asked, f"{file.name}: {[ast.unparse(n) for n in asked]}"
         assert "comfyui_version" not in file.read_text(encoding="utf-8")
 

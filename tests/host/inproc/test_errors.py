@@ -24,7 +24,7 @@ from small import (
 
 
 class TestForeign:
-    """MODEL, CONDITIONING, VAE and LATENT of another family, as far as they have to be real to be connected."""
+    """MODEL, CONDITIONING, VAE and LATENT of another family, as real as they must be to be connected."""
 
     RETURN_TYPES = ("MODEL", "CONDITIONING", "VAE", "LATENT", "LATENT")
     FUNCTION = "make"
@@ -338,7 +338,8 @@ def test_errors_have_a_short_name(comfy):
     assert caught.value.data["exception_type"] == "lance_core.RequestError"
 
 
-# -- what a person connects or a program queues ---------------------------------------------------------------
+# -- what a person connects or a program queues
+# ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -438,7 +439,9 @@ def test_pictures_that_are_none(pictures, kind, words):
 
 
 def test_nan_is_told_and_what_is_at_fault(comfy, monkeypatch):
-    """A LoRA with NaN in it: Lance Sampler names it; after KSampler the decoder refuses to make a black picture."""
+    """A LoRA with NaN in it: Lance Sampler names it; after KSampler the decoder refuses to make a black
+    picture.
+    """
     import torch
 
     model = comfy.value(t2i(), "loader")
