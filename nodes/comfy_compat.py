@@ -315,7 +315,7 @@ def _grouped(q: Tensor, k: Tensor, v: Tensor, groups: int, mask: Tensor | None =
 
 
 def with_extra(given: Any, extra: dict[str, Any]) -> Any:
-    """`lance_core.model.attention.attention` by ComfyUI's, so that the user's choice of backend holds.
+    """A V3 schema's input with more in its description; older constructors do not take it for every kind."""
     given.extra_dict = {**(given.extra_dict or {}), **extra}
     return given
 
