@@ -314,6 +314,12 @@ def _grouped(q: Tensor, k: Tensor, v: Tensor, groups: int, mask: Tensor | None =
     return unfold_groups(out, q.shape[2])
 
 
+def with_extra(given: Any, extra: dict[str, Any]) -> Any:
+    """A V3 schema's input with more in its description; older constructors do not take it for every kind."""
+    given.extra_dict = {**(given.extra_dict or {}), **extra}
+    return given
+
+
 def fix_empty_latent(patcher: Any, latent: dict[str, Any]) -> Tensor:
     """The samples of a LATENT, an empty one of another model given the channels and size of ours.
 

@@ -25,7 +25,7 @@ from ..lance_core.inputs.sizes import PRESETS
 from ..lance_core.inputs.tasks import SIZES, check_size, resolve_frames
 from ..lance_core.model.experts import expert_parameters
 from ..lance_core.model.memory import DenoisingMemory
-from . import latents, pictures
+from . import comfy_compat, latents, pictures
 from .sockets import CATEGORY, checked
 
 CUSTOM = "custom"
@@ -70,6 +70,17 @@ def canvas_facts() -> dict[str, Any]:
     }
 
 
+def _size_input() -> io.Combo.Input:
+    size = io.Combo.Input(
+        "size",
+        options=[*SIZE_PRESETS, CUSTOM],
+        default="image_768res",
+        tooltip="Sizes the model was trained for; 768 for images, 480p or 360p for video. custom: width and "
+        "height below.",
+    )
+    return comfy_compat.with_extra(size, {"lance": canvas_facts()})
+
+
 BATCH = {
     "default": 1,
     "min": 1,
@@ -89,14 +100,7 @@ class EmptyLanceLatent(io.ComfyNode):
             category=CATEGORY,
             description="The size of what is to be made from text or subjects.",
             inputs=[
-                io.Combo.Input(
-                    "size",
-                    options=[*SIZE_PRESETS, CUSTOM],
-                    default="image_768res",
-                    tooltip="Sizes the model was trained for; 768 for images, 480p or 360p for video. "
-                    "custom: width and height below.",
-                    extra_dict={"lance": canvas_facts()},
-                ),
+                _size_input(),
                 io.Combo.Input(
                     "aspect", options=ASPECTS, default="1:1", tooltip="Width to height, for the presets."
                 ),

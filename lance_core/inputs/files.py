@@ -73,7 +73,7 @@ def damaged(name: str, error: BaseException) -> MediaError:
 def early_end(name: str) -> MediaError:
     """The MediaError for a file that stops before its last pixel."""
     return refused(
-        f"{name} cannot be read whole: the file ends early; expected all of it. It was cut while it was "
+        f"{name} cannot be read: the file ends early, and a whole one is expected. It was cut while it was "
         "copied or downloaded; get it again."
     )
 

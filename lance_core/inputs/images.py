@@ -175,8 +175,8 @@ def _open(file: TimedFile, name: str, kind: str | None) -> Image.Image:
             raise damaged(name, ValueError(f"its {kind} header makes no sense")) from error
         known = ", ".join(formats)
         raise refused(
-            f"{name} is no picture, or of a kind that is not read here; expected {known}. If it is a video, "
-            "give it as a clip; else open it in a viewer and save it again."
+            f"{name} cannot be read: it is no picture of a format that is expected here ({known}). If it is "
+            "a video, give it as a clip; else open it in a viewer and save it again."
         ) from error
     except Exception as error:  # Pillow's plugins raise whatever a damaged file makes them stumble over
         raise damaged(name, error) from error

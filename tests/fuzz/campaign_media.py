@@ -13,6 +13,7 @@ from mutate import damage
 from PIL import Image
 
 from lance_core import media
+from lance_core.errors import MediaError
 
 PICTURES = {"png": {}, "jpeg": {}, "gif": {}, "webp": {}, "tiff": {}, "bmp": {}, "avif": {}}
 CLIPS = {
@@ -53,13 +54,8 @@ def _pictures() -> dict[str, bytes]:
                 buffer = io.BytesIO()
                 try:
                     image.save(buffer, form, **options)
-                except (
-                    OSError,
-                    KeyError,
-                    ValueError,
-                    TypeError,
-                ):  # a mode or an option this format does not have
-                    continue
+                except (OSError, KeyError, ValueError, TypeError, RuntimeError):
+                    continue  # a mode or an option that this format does not have
                 found[f"{kind}_{'_'.join(options)[:8]}.{form}"] = buffer.getvalue()
     return found
 
@@ -106,13 +102,13 @@ def case(n: int, seed: int, shared: dict[str, Any]) -> None:
     data = damage(shared["whole"][name], rng, shared["whole"][rng.choice(names)])
     path = shared["place"] / rng.choice(NAMES).format(name)
     path.write_bytes(data)
-    failed: media.MediaError | None = None
+    failed: MediaError | None = None
     try:
         for read in (media.load_image, media.read_clip, media.load_video, media.read_metadata):
             for source in (path, data) if read is media.load_image else (path,):
                 try:
                     read(source if isinstance(source, Path) else io.BytesIO(source))
-                except media.MediaError as error:
+                except MediaError as error:
                     failed = error
     finally:
         path.unlink()

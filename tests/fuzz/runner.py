@@ -75,7 +75,7 @@ def _worker(campaign: str, seed: int, folder: Path, cases: list[int], note: Any)
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert process.stdout is not None
     lines: queue.Queue[str] = queue.Queue()
-    threading.Thread(target=lambda: [lines.put(line) for line in [*process.stdout, ""]], daemon=True).start()
+    threading.Thread(target=_collect, args=(process.stdout, lines), daemon=True).start()
     left = list(cases)
     try:
         starting = True
@@ -96,6 +96,13 @@ def _worker(campaign: str, seed: int, folder: Path, cases: list[int], note: Any)
         process.kill()
         process.wait()
     return left
+
+
+def _collect(stream: Any, lines: queue.Queue[str]) -> None:
+    """Put each line of a worker's output as it comes, and an empty one at its end."""
+    for line in stream:
+        lines.put(line)
+    lines.put("")
 
 
 def _resident() -> int:
