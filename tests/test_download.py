@@ -15,15 +15,13 @@ import time
 from collections import namedtuple
 from pathlib import Path
 
+import hub as hubs
 import pytest
+from hub import VAE, Hub, child, damage, digest, files_of, needed, there
 
 from lance_core.checkpoint import checkpoint
 from lance_core.hub import download, http, job, released, watch
 from lance_core.hub.download import DownloadError
-
-sys.path.insert(0, str(Path(__file__).parent))
-import hub as hubs
-from hub import VAE, Hub, child, damage, digest, files_of, needed, there
 
 MODEL = "Lance_3B/model.safetensors"
 GOLDEN = Path(__file__).parent / "golden" / "checkpoint"
