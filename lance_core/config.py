@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from .checks import shown
 from .errors import CheckpointError
 from .stored_values import (
     MAX_LAYERS,
@@ -21,7 +22,6 @@ from .stored_values import (
     numbered,
     positive,
     shape,
-    shown,
     vector,
 )
 

@@ -36,10 +36,9 @@ from .model.out_of_memory import said_when_out_of_memory
 from .model.sampler import Guidance, schedule, seeded_noise
 from .model.sequence import Role, Segment, Sequence, clean_latents
 from .model.side_stream import SideStream
-from .text_generation import Chooser, NewText, write
+from .text_generation import MAX_SEED, Chooser, NewText, write
 
 MAX_BATCH = 64
-MAX_SEED = 2**64 - 1
 GENERATE_WITH_LESS = (
     "ask for fewer pixels, frames or results at once, or load smaller weights (`python -m "
     "lance_core convert`)"

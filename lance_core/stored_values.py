@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .checks import shown
 from .errors import CheckpointError
 from .files import read_bytes
 
@@ -83,15 +84,6 @@ def numbered(shapes: Shapes, prefix: str, where: str) -> int:
             "Download it again."
         )
     return len(found)
-
-
-def shown(value: Any) -> str:
-    """A value of a configuration as messages show it, however long it is."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # an integer of more digits than Python prints
-        text = f"a {type(value).__name__}"
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def positive(raw: Mapping[str, Any], key: str, where: str, most: int = MAX_SIDE) -> int:

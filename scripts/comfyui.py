@@ -332,7 +332,7 @@ def prepare_newest(*, may_build: bool = True) -> Host:
 
 
 def frontend_root(*, may_build: bool = True) -> Path:
-    """The static folder of a frontend newer than the host's own, for --front-end-root."""
+    """The static folder of a frontend newer than ComfyUI's, for --front-end-root."""
 
     def build(target: Path) -> None:
         _pip(Path(sys.executable), "--no-deps", "--target", target, FRONTEND, what=f"installing {FRONTEND}")

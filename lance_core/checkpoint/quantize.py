@@ -283,7 +283,7 @@ def marker(format: Format) -> Tensor | None:
 
 
 def formats_of(dtypes: Mapping[str, torch.dtype]) -> dict[str, Format]:
-    """Which layers are quantised and how, told by their tensors' names and dtypes (module names,
+    """Which layers are quantised and how, from their tensors' names and dtypes (module names,
     `weight_scale` form).
     """
     found = {}

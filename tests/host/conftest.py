@@ -121,7 +121,7 @@ def client(server) -> Iterator:
 
 @pytest.fixture(scope="session")
 def frontend_root(host: comfyui_script.Host) -> Path:
-    """A newer frontend than the host's own."""
+    """A newer frontend than ComfyUI's."""
     return _part(comfyui_script.frontend_root)
 
 

@@ -169,7 +169,7 @@ def test_comfy_cli(make_cli, server, tmp_path):
 
 @pytest.fixture(scope="module")
 def newer(make_server, frontend_root, server):
-    """The same, under a frontend newer than the host's own."""
+    """The same, under a frontend newer than ComfyUI's."""
     return make_server(
         pack=(server.base / "custom_nodes" / "ComfyUI-Lance").resolve(), front_end_root=frontend_root
     )

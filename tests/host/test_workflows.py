@@ -73,7 +73,7 @@ def made_small(name: str, seed: int) -> dict[str, Any]:
 
 def comparable(prompt: dict[str, Any]) -> dict[str, Any]:
     """A prompt without what frontends and hosts differ in: notes on where nodes come from, widgets of theirs
-    that the node does not have, and how the host's own nodes are called."""
+    that the node does not have, and how ComfyUI's nodes are called."""
     kept = {}
     for key, node in prompt.items():
         known = {spec[0] for spec in script.workflow_layout.SCHEMAS[node["class_type"]]["inputs"]}
@@ -171,7 +171,7 @@ def png_size(path: Path) -> tuple[int, int]:
 
 
 def check_video(name: str, path: Path, host) -> None:
-    """Decoded by the host's own PyAV."""
+    """Decoded by the PyAV of ComfyUI's environment."""
     probe = (
         "import av, sys; c = av.open(sys.argv[1]); s = c.streams.video[0]; print(s.width, s.height, "
         "s.average_rate, sum(1 for _ in c.decode(s)))"

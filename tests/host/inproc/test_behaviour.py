@@ -83,7 +83,7 @@ def test_partial_load_changes_nothing(comfy, monkeypatch, share):
 
 
 def test_every_weight_can_be_left_behind(comfy):
-    """Modules with weights are the host's own, or cast what they hold themselves (the VAE's norms, as in
+    """Modules with weights are ComfyUI's, or cast what they hold themselves (the VAE's norms, as in
     stock VAEs).
     """
     from comfy.ops import CastWeightBiasOp

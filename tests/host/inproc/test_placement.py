@@ -21,7 +21,7 @@ def card(comfy, monkeypatch):
     """(gigabytes) -> patchers of both experts, loaded from now on as on a card of that size, as if the
     generation expert had 4 GB.
 
-    The accounts are the host's own; what is faked is the device they are of.
+    The accounts are ComfyUI's; what is faked is the device they are of.
     """
     import comfy.model_management as mm
 
