@@ -30,6 +30,7 @@ from ..lance_core.checkpoint.quantize import Format, marker
 from ..lance_core.config import VAEConfig
 from ..lance_core.model.attention import fold_groups, unfold_groups
 from ..lance_core.model.ops import are_few, few_rows
+from ..lance_core.model.rope import GridScale
 
 try:
     from comfy import quant_ops
@@ -367,3 +368,27 @@ def video_file(video: Any) -> Any | None:
 def has_wrapper(patcher: Any, kind: str, key: str) -> bool:
     """Whether some node has put a wrapper of this kind and key on the model."""
     return bool(patcher is not None and patcher.get_wrappers(kind, key))
+
+
+def hook_strengths(patcher: Any) -> tuple:
+    """The conditioning hooks that patch a model's weights just now, each with its strength, which keyframes
+    change from step to step.
+    """
+    group = getattr(patcher, "current_hooks", None)
+    return () if group is None else tuple((hook, hook.strength) for hook in group.hooks)
+
+
+def grid_scale(options: Mapping[str, Any]) -> GridScale | None:
+    """What the node ScaleROPE has put into `transformer_options`; None where nothing is scaled."""
+    given = options.get("rope_options") or {}
+    scale, shift = (
+        tuple(float(given.get(f"{name}_{axis}", default)) for axis in "tyx")
+        for name, default in (("scale", 1.0), ("shift", 0.0))
+    )
+    found = GridScale(scale, shift)  # type: ignore[arg-type]
+    return None if found == GridScale() else found
+
+
+def uncompiled(module: nn.Module) -> nn.Module:
+    """What torch.compile has wrapped; ComfyUI puts the wrapper in the module's place for the call."""
+    return getattr(module, "_orig_mod", module)

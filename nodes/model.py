@@ -7,7 +7,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import comfy.conds
 import comfy.latent_formats
 import comfy.model_base
 import comfy.model_management as mm
@@ -24,9 +23,11 @@ from ..lance_core.model.joined import joined_rows
 from ..lance_core.model.memory import DenoisingMemory
 from ..lance_core.model.sequence import MARKERS
 from . import comfy_compat, patcher, quant
-from .conditioning import ContextShape, RowsCond, Store, prompt_of
+from .conditioning import prompt_of
+from .contexts import CleanCond, CleanPart, ContextShape, Place, Rows, RowsCond, Store
 from .latents import check_latent
 from .patcher import NO_WEIGHT, UND, UND_PREFIX, ExpertRouting, Places
+from .windows import Window
 
 
 class LanceFamily(comfy.supported_models_base.BASE):
@@ -75,7 +76,7 @@ class Denoiser(Generation):
         context: Any = None,
         transformer_options: dict | None = None,
         *,
-        lance: RowsCond,
+        lance: Rows,
         **kwargs: Any,
     ) -> Tensor:
         """x: [b, 48, t, h, w]; timestep: [b] or, with clean frames, [b, t], in 0..1000. Returns the velocity,
@@ -118,7 +119,7 @@ class LanceModel(comfy.model_base.BaseModel):
         return DualExpert(
             self.llm,
             self.understanding.model,
-            self.diffusion_model,
+            comfy_compat.uncompiled(self.diffusion_model),  # type: ignore[arg-type]
             attention=comfy_compat.attention,
             dtype=self.compute_dtype,
             device=device,
@@ -127,21 +128,15 @@ class LanceModel(comfy.model_base.BaseModel):
     # -- conditioning ----------------------------------------------------------------------------------------
 
     def extra_conds(self, **kwargs: Any) -> dict[str, Any]:
-        """Called once a conditioning and sampling run, weights loaded: which context its rows run against."""
-        noise, patcher = kwargs["noise"], self.current_patcher
-        # What decides the weights a context is computed with; conditioning hooks change them from one
-        # conditioning to the next.
-        weights = (patcher.patches_uuid, self.understanding.patches_uuid, kwargs.get("hooks"))
+        """Called once a conditioning and sampling run, weights loaded."""
         # The stock EasyCache of older hosts mistakes a guidance batch for one prediction.
-        joinable = not comfy_compat.has_wrapper(patcher, px.WrappersMP.DIFFUSION_MODEL, "easycache")
-        experts, grid = self.experts(kwargs["device"]), tuple(noise.shape[2:])
-        out = {"lance": RowsCond.of(experts, self.store, prompt_of(kwargs), grid, weights, joinable)}
+        easy = comfy_compat.has_wrapper(self.current_patcher, px.WrappersMP.DIFFUSION_MODEL, "easycache")
+        out: dict[str, Any] = {"lance": RowsCond.of(self.store, prompt_of(kwargs), joinable=not easy)}
         mask = kwargs.get("denoise_mask")
         if mask is not None:
             clean = clean_frames(mask)
             if bool(clean.any()):
-                out["lance_clean"] = comfy.conds.CONDRegular(clean.to(noise.dtype))
-                out["lance_latent"] = comfy.conds.CONDNoiseShape(kwargs["latent_image"])
+                out["lance_clean"] = CleanCond([CleanPart(clean, kwargs["latent_image"])])
         return out
 
     def extra_conds_shapes(self, **kwargs: Any) -> dict[str, Any]:
@@ -153,16 +148,45 @@ class LanceModel(comfy.model_base.BaseModel):
         """Frames that are kept clean are at timestep 0: [b] -> [b, t] where there are any."""
         return timestep if lance_clean is None else timestep[:, None] * (1 - lance_clean.to(timestep))
 
-    def _apply_model(self, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        kwargs["lance"].fill(tuple(x.shape[2:]))  # here, outside of what may be compiled or cached
-        clean, latent = kwargs.get("lance_clean"), kwargs.pop("lance_latent", None)
-        kwargs.pop("c_crossattn", None)
-        if clean is None:
-            return super()._apply_model(x, t, *args, **kwargs)
-        shown = torch.where(clean[:, None, :, None, None] > 0, latent.to(x), x)
+    def resize_cond_for_context_window(
+        self, key: str, value: Any, *args: Any, retain_index_list: Any = (), **kwargs: Any
+    ) -> Any:
+        """Newer ComfyUIs ask how a condition is cut for a window; `_apply_model` cuts for all of them."""
+        if isinstance(value, CleanCond) and 0 in retain_index_list:
+            return value.retaining()
+        return value if isinstance(value, CleanCond | RowsCond) else None
+
+    def _apply_model(
+        self,
+        x: Tensor,
+        t: Tensor,
+        c_concat: Any = None,
+        c_crossattn: Any = None,
+        control: Any = None,
+        transformer_options: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        options = transformer_options if transformer_options is not None else {}
+        window = Window.of(options)
+        place = Place((x.shape[2], x.shape[3], x.shape[4]), window, comfy_compat.grid_scale(options))
+        # Contexts are computed here, outside of what may be compiled or cached.
+        experts = self.experts(x.device)
+        kwargs["lance"] = kwargs["lance"].rows(experts, self, place, self._weights())
+        kept = kwargs.pop("lance_clean", None)
+        given = {"control": control, "transformer_options": options}
+        if kept is None:
+            return super()._apply_model(x, t, **given, **kwargs)
+        clean, latent = kept.at(x, window)
+        shown = torch.where(clean[:, None, :, None, None], latent, x)
         # Guidance takes the velocity to be (x - denoised) / sigma, and its norm is over all frames, clean
         # ones included.
-        return super()._apply_model(shown, t, *args, **kwargs) + (x - shown)
+        out = super()._apply_model(shown, t, **given, lance_clean=clean.to(x.dtype), **kwargs)
+        return out + (x - shown)
+
+    def _weights(self) -> Any:
+        """Changes when the weights' patches do; conditioning hooks change them from call to call."""
+        main = self.current_patcher
+        return main.patches_uuid, self.understanding.patches_uuid, comfy_compat.hook_strengths(main)
 
     def process_latent_in(self, latent: Tensor) -> Tensor:
         check_latent(latent)
