@@ -4,7 +4,9 @@ understanding expert beside it as an additional model. Thin: the mathematics is 
 
 from __future__ import annotations
 
+import logging
 import math
+from functools import partial
 from typing import Any
 
 import comfy.latent_formats
@@ -25,7 +27,9 @@ from ..lance_core.model.sequence import MARKERS
 from . import comfy_compat, patcher, quant
 from .conditioning import prompt_of
 from .contexts import CleanCond, CleanPart, ContextShape, Place, Rows, RowsCond, Store
+from .last_call import LastCall
 from .latents import check_latent
+from .layer_patches import LayerPatches, PatchedLayers
 from .patcher import NO_WEIGHT, UND, UND_PREFIX, ExpertRouting, Places
 from .windows import Window
 
@@ -85,7 +89,16 @@ class Denoiser(Generation):
         t = timestep / 1000
         if t.ndim == 1:
             t = t[:, None].expand(-1, x.shape[2])
-        velocity = lance.model.velocity(lance.per_row(x.shape[0]), x.permute(0, 2, 3, 4, 1), t)
+        options = transformer_options if transformer_options is not None else {}
+        layers = len(self.layers)
+        patches = LayerPatches.of(options, layers)
+        velocity = lance.model.velocity(
+            lance.per_row(x.shape[0]),
+            x.permute(0, 2, 3, 4, 1),
+            t,
+            attention=partial(comfy_compat.attention, options=options),
+            hooks=PatchedLayers(patches, options, x, t, layers) if patches.active else None,
+        )
         return velocity.permute(0, 4, 1, 2, 3)
 
 
@@ -104,6 +117,7 @@ class LanceModel(comfy.model_base.BaseModel):
         self.understanding_names = [f"{UND_PREFIX}{name}" for name in (*understanding.state_dict(), *joined)]
         self.places = Places(joined_rows(self.diffusion_model), joined)
         self.store = Store()
+        self.last_call, self.warned = LastCall(), False
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -114,13 +128,13 @@ class LanceModel(comfy.model_base.BaseModel):
         """The understanding expert's patcher."""
         return self.current_patcher.get_additional_models_with_key(UND)[0]
 
-    def experts(self, device: torch.device) -> DualExpert:
-        """Both experts as lance_core runs them."""
+    def experts(self, device: torch.device, options: dict[str, Any]) -> DualExpert:
+        """Both experts as lance_core runs them, for a call's `transformer_options`."""
         return DualExpert(
             self.llm,
             self.understanding.model,
             comfy_compat.uncompiled(self.diffusion_model),  # type: ignore[arg-type]
-            attention=comfy_compat.attention,
+            attention=partial(comfy_compat.attention, options=options),
             dtype=self.compute_dtype,
             device=device,
         )
@@ -169,19 +183,43 @@ class LanceModel(comfy.model_base.BaseModel):
         options = transformer_options if transformer_options is not None else {}
         window = Window.of(options)
         place = Place((x.shape[2], x.shape[3], x.shape[4]), window, comfy_compat.grid_scale(options))
+        weights = self._weights()
+        patches = LayerPatches.of(options, self.llm.num_layers)
+        call = self.last_call.of(options, x, t, place, (weights, patches.effect))
+        if patches.unused:
+            self._warn(patches)
+            known = self.last_call.known(call)
+            if known is not None:
+                return known
         # Contexts are computed here, outside of what may be compiled or cached.
-        experts = self.experts(x.device)
-        kwargs["lance"] = kwargs["lance"].rows(experts, self, place, self._weights())
-        kept = kwargs.pop("lance_clean", None)
-        given = {"control": control, "transformer_options": options}
-        if kept is None:
-            return super()._apply_model(x, t, **given, **kwargs)
-        clean, latent = kept.at(x, window)
+        kwargs["lance"] = kwargs["lance"].rows(self.experts(x.device, options), self, place, weights)
+        out = self._denoised(x, t, window, control=control, transformer_options=options, **kwargs)
+        self.last_call.keep(call, out)
+        return out
+
+    def _denoised(
+        self, x: Tensor, t: Tensor, window: Window | None, lance_clean: CleanCond | None = None, **kwargs: Any
+    ) -> Tensor:
+        if lance_clean is None:
+            return super()._apply_model(x, t, **kwargs)
+        clean, latent = lance_clean.at(x, window)
         shown = torch.where(clean[:, None, :, None, None], latent, x)
         # Guidance takes the velocity to be (x - denoised) / sigma, and its norm is over all frames, clean
         # ones included.
-        out = super()._apply_model(shown, t, **given, lance_clean=clean.to(x.dtype), **kwargs)
-        return out + (x - shown)
+        return super()._apply_model(shown, t, lance_clean=clean.to(x.dtype), **kwargs) + (x - shown)
+
+    def _warn(self, patches: LayerPatches) -> None:
+        """Once a sampling run."""
+        if not self.warned:
+            self.warned = True
+            logging.warning(
+                "Lance has no layers for what a node has put on the model, so it does nothing: "
+                f"{patches.unused_text()}. Such nodes are made for UNets or for models of other layers."
+            )
+
+    def forget_calls(self) -> None:
+        """Sampling is over."""
+        self.last_call, self.warned = LastCall(), False
 
     def _weights(self) -> Any:
         """Changes when the weights' patches do; conditioning hooks change them from call to call."""
@@ -225,6 +263,11 @@ def clean_frames(mask: Tensor) -> Tensor:
     return mask.amax(dim=(1, 3, 4)) == 0
 
 
+def forget_calls(patcher: Any, *args: Any) -> None:
+    """ON_CLEANUP callback: sampling is over, and its tensors are let go."""
+    patcher.model.forget_calls()
+
+
 def restore_clean(
     executor: Any,
     noise: Tensor,
@@ -263,5 +306,6 @@ def build(
     main = patcher.make_patcher(model, ExpertRouting, disable_dynamic=disable_dynamic)
     main.set_additional_models(UND, [understanding])
     main.add_wrapper_with_key(px.WrappersMP.OUTER_SAMPLE, "lance_restore", restore_clean)
+    main.add_callback_with_key(px.CallbacksMP.ON_CLEANUP, "lance_calls", forget_calls)
     main.add_wrapper_with_key(px.WrappersMP.PREPARE_SAMPLING, "lance_placement", patcher.main_first)
     return main
