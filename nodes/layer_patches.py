@@ -25,14 +25,16 @@ OVERRIDE = "optimized_attention_override"
 ATTENDED = "attn1_output_patch"
 # Merge tokens before attention and part them after it: the second half fails without the first.
 HALVES = ("attn1_patch", "attn2_patch")
+# Not functions, but settings of other models' layers (LTXV, Chroma).
+FOREIGN = ("stg_self_attn_blocks", "a2v_cross_attn", "v2a_cross_attn", "chroma_radiance_options")
 
 
 @dataclass(frozen=True)
 class LayerPatches:
     """The patches of one model call.
 
-    around: by layer. after, attended: in the order they were put on. unused: the functions that nothing
-    calls, each with the name of its place.
+    around: by layer. after, attended: in the order they were put on. unused: what nothing
+    looks at, by its place, each with its function if it is one.
     """
 
     around: Mapping[int, Callable[..., Any]]
@@ -60,6 +62,7 @@ class LayerPatches:
             # SkipLayerGuidance names blocks of a second kind beside the first; Wan has none either.
             if kind != "dit" or (where[0] == BLOCK and where[1] not in around) or not around
         ]
+        unused += [(name, None) for name in FOREIGN if name in options]
         after = tuple(patches.get(BLOCK) or ())
         return cls(around, after, attended, options.get(OVERRIDE), tuple(unused))
 
@@ -75,10 +78,13 @@ class LayerPatches:
 
     def unused_text(self) -> str:
         """What nothing calls, by place and the file of the node: "attn1 middle 0 (nodes_pag)"."""
-        # ComfyUI names the modules of nodes by their paths.
-        files = [re.split(r"[./\\]", str(getattr(f, "__module__", "?")))[-1] for _, f in self.unused]
-        named = [f"{place} ({file})" for (place, _), file in zip(self.unused, files, strict=True)]
+        named = [place if f is None else f"{place} ({_file(f)})" for place, f in self.unused]
         return ", ".join(dict.fromkeys(named))
+
+
+def _file(function: Any) -> str:
+    """Where a patch comes from. ComfyUI names the modules of nodes by their paths."""
+    return re.split(r"[./\\]", str(getattr(function, "__module__", "?")))[-1]
 
 
 class PatchedLayers:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..lance_core.checkpoint.quantize import Format, swap
 from ..lance_core.config import LATENT_CHANNELS, RELEASED_SAMPLING, LLMConfig
+from ..lance_core.errors import RequestError
 from ..lance_core.model.dual_expert import DualExpert, Generation
 from ..lance_core.model.joined import joined_rows
 from ..lance_core.model.memory import DenoisingMemory
@@ -32,6 +33,16 @@ from .latents import check_latent
 from .layer_patches import LayerPatches, PatchedLayers
 from .patcher import NO_WEIGHT, UND, UND_PREFIX, ExpertRouting, Places
 from .windows import Window
+
+
+class Structure(dict):
+    """What ComfyUI calls a unet_config. Nodes that look up what only UNets have are told so."""
+
+    def __missing__(self, name: str) -> Any:
+        raise RequestError(
+            f"A node asks for the model's {name!r}, which only UNets have (FreeU and its like change their "
+            "blocks); Lance is a transformer. Take the node out."
+        )
 
 
 class LanceFamily(comfy.supported_models_base.BASE):
@@ -119,7 +130,8 @@ class LanceModel(comfy.model_base.BaseModel):
         self.understanding_names = [f"{UND_PREFIX}{name}" for name in (*understanding.state_dict(), *joined)]
         self.places = Places(joined_rows(self.diffusion_model), joined)
         self.store = Store()
-        self.last_call, self.warned = LastCall(), False
+        self.last_call = LastCall()
+        self.unused = ""  # what a node has put on the model in vain, in this run
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -212,16 +224,12 @@ class LanceModel(comfy.model_base.BaseModel):
 
     def _warn(self, patches: LayerPatches) -> None:
         """Once a sampling run."""
-        if not self.warned:
-            self.warned = True
+        if not self.unused:
+            self.unused = patches.unused_text()
             logging.warning(
                 "Lance has no layers for what a node has put on the model, so it does nothing: "
-                f"{patches.unused_text()}. Such nodes are made for UNets or for models of other layers."
+                f"{self.unused}. Such nodes are made for UNets or for models of other layers."
             )
-
-    def forget_calls(self) -> None:
-        """Sampling is over."""
-        self.last_call, self.warned = LastCall(), False
 
     def _weights(self) -> Any:
         """Changes when the weights' patches do; conditioning hooks change them from call to call."""
@@ -267,7 +275,23 @@ def clean_frames(mask: Tensor) -> Tensor:
 
 def forget_calls(patcher: Any, *args: Any) -> None:
     """ON_CLEANUP callback: sampling is over, and its tensors are let go."""
-    patcher.model.forget_calls()
+    patcher.model.last_call = LastCall()
+
+
+def explain(executor: Any, *args: Any, **kwargs: Any) -> Any:
+    """OUTER_SAMPLE wrapper: a node that fails because its patches were never called is named."""
+    main = executor.class_obj.model_patcher
+    for one in (main, *main.additional_models.get("multigpu", [])):
+        one.model.unused = ""
+    try:
+        return executor(*args, **kwargs)
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        if not main.model.unused:
+            raise
+        raise RequestError(
+            f"A node made for another kind of model failed: it changes layers that Lance does not have "
+            f"({main.model.unused}), and says: {error}. Take it out between Lance Loader and the sampler."
+        ) from error
 
 
 def restore_clean(
@@ -301,12 +325,14 @@ def build(
     understanding: the patcher of the understanding expert. formats: layers that are kept quantised.
     """
     config = LanceFamily({"llm": llm, "apart": tuple(formats or ())})
+    config.unet_config = Structure(config.unet_config)
     config.set_inference_dtype(stored, None if stored == compute else compute)
     config.custom_operations = comfy_compat.operations(stored, compute)
     model = LanceModel(config, llm, understanding.model, formats or {})
     model.device = mm.unet_offload_device()
     main = patcher.make_patcher(model, ExpertRouting, disable_dynamic=disable_dynamic)
     main.set_additional_models(UND, [understanding])
+    main.add_wrapper_with_key(px.WrappersMP.OUTER_SAMPLE, "lance_explain", explain)
     main.add_wrapper_with_key(px.WrappersMP.OUTER_SAMPLE, "lance_restore", restore_clean)
     main.add_callback_with_key(px.CallbacksMP.ON_CLEANUP, "lance_calls", forget_calls)
     main.add_wrapper_with_key(px.WrappersMP.PREPARE_SAMPLING, "lance_devices", devices.follow(UND))

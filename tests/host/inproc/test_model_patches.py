@@ -6,6 +6,7 @@ import pytest
 import torch
 from graphs import node
 from small import MODEL, away, edit, ksampler, lance, module, samples, t2i
+from test_windows import FRAMES, t2v
 
 POSITIVE, NEGATIVE = ["text", 0], ["text", 1]
 
@@ -260,6 +261,34 @@ def test_token_merging_is_left_out_as_a_whole(comfy, plain, caplog, kind):
     graph = {**t2i(), "merging": node(kind, model=MODEL, **inputs)}
     assert torch.equal(samples(comfy, lance(graph, model=["merging", 0])), plain)
     assert len(said(caplog)) == 1 and "attn1" in said(caplog)[0]
+
+
+@pytest.mark.parametrize("kind", ["FreeU", "FreeU_V2"])
+def test_free_u_is_told_that_there_is_no_u(comfy, kind):
+    graph = {**t2i(), "free": node(kind, model=MODEL, b1=1.1, b2=1.2, s1=0.9, s2=0.2)}
+    with pytest.raises(Exception, match="'model_channels', which only UNets have.*Take the node out"):
+        samples(comfy, ksampler(graph, model=["free", 0]))
+
+
+def test_a_node_that_fails_without_its_patches_is_named(comfy):
+    """Self-Attention Guidance on a video: it misses the attention of a layer that it was to record."""
+    graph = {
+        **t2v(FRAMES, side=96),
+        "sag": node("SelfAttentionGuidance", model=MODEL, scale=0.5, blur_sigma=2.0),
+    }
+    with pytest.raises(Exception, match="RequestError.*attn1 middle 0 0 .nodes_sag.*Take it out"):
+        samples(comfy, ksampler(graph, model=["sag", 0]))
+
+
+def test_settings_for_other_models_cost_nothing(comfy, monkeypatch, caplog):
+    if "LTXVSpatioTemporalGuidance" not in comfy.nodes:
+        pytest.skip("this ComfyUI has no such node")
+    given = {"scale": 1.0, "blocks": "1", "start_percent": 0.0, "end_percent": 1.0}
+    graph = {**t2i(), "stg": node("LTXVSpatioTemporalGuidance", model=MODEL, **given)}
+    plain = samples(comfy, ksampler(t2i()))
+    rows = forwards(comfy, monkeypatch)
+    assert away(samples(comfy, ksampler(graph, model=["stg", 0])), plain) < 1e-5
+    assert rows == [2, 2, 2] and "stg_self_attn_blocks" in said(caplog)[0]
 
 
 def test_the_warning_comes_once_a_run_and_again_in_the_next(comfy, caplog):
