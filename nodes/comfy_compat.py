@@ -410,3 +410,13 @@ def uncompiled(module: nn.Module) -> nn.Module:
 def is_dynamic(patcher: Any) -> bool:
     """Whether a patcher streams its weights by newer ComfyUIs' dynamic VRAM."""
     return hasattr(patcher, "is_dynamic") and patcher.is_dynamic()
+
+
+def window_indices(window: Any) -> tuple[tuple[int, ...], bool]:
+    """The cells of a context window, and whether the first of them only leads in: newer ComfyUIs let a window
+    begin with one frame more, whose result they drop.
+    """
+    anchor = getattr(window, "causal_anchor_index", None)
+    anchored = anchor is not None and anchor >= 0
+    lead = (int(anchor),) if anchor is not None and anchored else ()
+    return (*lead, *map(int, window.index_list)), anchored

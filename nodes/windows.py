@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..lance_core.errors import RequestError
 from ..lance_core.model.sequence import VisualSegment
+from . import comfy_compat
 
 BATCH, CHANNELS, FIRST_CELLS = 0, 1, 2  # axes of a latent [batch, channels, time, row, column]
 
@@ -39,11 +40,8 @@ class Window(NamedTuple):
             raise RequestError(
                 "Context windows of dim 1 would cut up the channels of the latent: choose dim 2, its frames."
             )
-        # Newer ComfyUIs let a window begin with one frame more, whose result they drop.
-        anchor = getattr(window, "causal_anchor_index", None)
-        anchored = anchor is not None and anchor >= 0
-        lead = (int(anchor),) if anchor is not None and anchored else ()
-        return cls(window.dim, (*lead, *map(int, window.index_list)), anchored)
+        indices, anchored = comfy_compat.window_indices(window)
+        return cls(window.dim, indices, anchored)
 
     def cut(self, whole: Tensor, axis: int | None = None) -> Tensor:
         """The window of a tensor; axis: of the tensor, if it is another than the latent's."""
