@@ -28,7 +28,7 @@ from ..lance_core.model.sequence import Branch
 from .conditioning import Encoded, Prompt
 from .windows import BATCH, FIRST_CELLS, Window
 
-KEPT = 4  # contexts of one encode and model at once: of two window lengths, or regions of as many sizes
+KEPT = 4  # contexts of one encode and model at once, for regions of as many sizes
 
 
 class Place(NamedTuple):
@@ -41,13 +41,33 @@ class Place(NamedTuple):
     scale: GridScale | None = None
 
 
+class _Key(NamedTuple):
+    """What a context is good for; windowed: it is a window's, wherever that lies."""
+
+    place: Place
+    windowed: bool
+    weights: Any
+    inference: bool  # what is made in inference mode cannot be changed outside of it
+
+
+def _make_room(made: OrderedDict[_Key, Prepared], key: _Key) -> None:
+    """Let go what a new context takes the place of. A window's has room for the keys and values of its
+    frames, a gigabyte at 480p, and is soon computed: there is one at once, as memory estimates count on.
+    """
+    if key.windowed:
+        for old in [old for old in made if old.windowed]:
+            del made[old]
+    while len(made) >= KEPT:
+        made.popitem(last=False)
+
+
 class Contexts:
     """The contexts of one encode, by model, place and weights; the least recently used ones go."""
 
     def __init__(self, encoded: Encoded) -> None:
         self.encoded = encoded
         self._lock = threading.Lock()  # several GPUs' models run in threads
-        self._made: dict[int, OrderedDict[Any, Prepared]] = {}
+        self._made: dict[int, OrderedDict[_Key, Prepared]] = {}
 
     def row(self, model: DualExpert, owner: Any, branch: Branch, place: Place, weights: Any) -> Row:
         """One branch of the encode, its context computed now unless that is done.
@@ -60,15 +80,15 @@ class Contexts:
         # Windows have positions of their own, counted from their first frame, so that those of one length
         # share a context; but what is to be edited lies where it lies.
         window = place.window if self.encoded.edits else None
-        key = (place._replace(window=window), weights, torch.is_inference_mode_enabled())
+        mode = torch.is_inference_mode_enabled()
+        key = _Key(place._replace(window=window), place.window is not None, weights, mode)
         with self._lock:
             made = self._made.setdefault(id(owner), OrderedDict())
         if key in made:
             made.move_to_end(key)
             model.prefill_branch(made[key], branch)
         else:
-            while len(made) >= KEPT:
-                made.popitem(last=False)
+            _make_room(made, key)
             made[key] = self._prefill(model, branch, place)
         return Row(made[key], branch)
 

@@ -45,7 +45,7 @@ class LastCall:
     def of(self, options: Mapping[str, Any], x: Tensor, t: Tensor, place: Any, given: Any) -> list[Part]:
         """A call in parts; none where it does not say what its rows belong to, or is to be trained."""
         uuids = options.get("uuids") or ()
-        if not uuids or len(x) % len(uuids) or torch.is_grad_enabled():
+        if not uuids or len(x) % len(uuids) or len(t) % len(uuids) or torch.is_grad_enabled():
             return []
         chunks = zip(uuids, x.chunk(len(uuids)), t.chunk(len(uuids)), strict=True)
         return [Part((uuid, place), some, times, given) for uuid, some, times in chunks]
