@@ -142,7 +142,9 @@ def test_one_forward_or_two(comfy, monkeypatch):
     """Guidance runs both sides at once where memory allows, and gives the same where it does not."""
     model = module(comfy, "lance_core.model.dual_expert").DualExpert
     rows, velocity = [], model.velocity
-    monkeypatch.setattr(model, "velocity", lambda self, r, *a: rows.append(len(r)) or velocity(self, r, *a))
+    monkeypatch.setattr(
+        model, "velocity", lambda self, r, *a, **k: rows.append(len(r)) or velocity(self, r, *a, **k)
+    )
     graph = t2i(negative="rain, and a much longer negative prompt than the prompt is")
     joined = samples(comfy, lance(graph))
     assert set(rows) == {2}
