@@ -53,6 +53,25 @@ def patcher_class(disable_dynamic: bool = False) -> Any:
     return plain if disable_dynamic else getattr(comfy.model_patcher, "CoreModelPatcher", plain)
 
 
+def own_weights(patcher: Any) -> Any:
+    """What newer ComfyUIs' `clone(model_override=...)` takes, for a clone with this patcher's module; None on
+    older ones, whose clones share their module always.
+    """
+    return patcher.get_clone_model_override() if hasattr(patcher, "get_clone_model_override") else None
+
+
+def stored_weight(patcher: Any, key: str) -> tuple[Tensor | None, Any]:
+    """(a weight as it is stored, from the backup where a patched one is in its place; the layer's function
+    that makes a plain tensor of it, None if it is one).
+    """
+    weight, _, convert = comfy.model_patcher.get_key_weight(patcher.model, key)
+    if key in patcher.backup:
+        weight = patcher.backup[key].weight
+    if key in patcher.hook_backup:
+        weight = patcher.hook_backup[key][0]
+    return weight, convert
+
+
 def archive_dtypes(model: nn.Module) -> None:
     """Have newer ComfyUIs note a module's dtypes before it gets weights, as their loaders do."""
     if hasattr(mm, "archive_model_dtypes"):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from ..lance_core.checkpoint.checkpoint import Checkpoint
 from ..lance_core.model.vit import VisionTower
 from . import comfy_compat, model, patcher, quant
@@ -19,7 +21,7 @@ def load(name: str, dtype: str):
         CheckpointError: not there, or damaged.
     """
     checkpoint = open_checkpoint(name)
-    main, und, vit, compute = _patchers(checkpoint, dtype)
+    main, und, vit, compute = _made(checkpoint, dtype)
     patcher.reloadable([p for p in (main, und, vit) if p], reload, name, dtype)
     return (
         main,
@@ -30,7 +32,13 @@ def load(name: str, dtype: str):
 
 def reload(name: str, dtype: str, disable_dynamic: bool = False) -> list:
     """Patchers of a checkpoint with weights of their own, in the order in which `load` makes them."""
-    return [p for p in _patchers(open_checkpoint(name), dtype, disable_dynamic)[:3] if p]
+    return [p for p in _made(open_checkpoint(name), dtype, disable_dynamic)[:3] if p]
+
+
+def _made(*args: Any):
+    """`_patchers`, with weights that can be trained: nodes run in inference mode, whose tensors cannot be."""
+    with torch.inference_mode(False), torch.no_grad():
+        return _patchers(*args)
 
 
 def _patchers(checkpoint: Checkpoint, dtype: str, disable_dynamic: bool = False):

@@ -25,8 +25,9 @@ from ..lance_core.model.memory import DenoisingMemory
 from ..lance_core.model.sequence import MARKERS
 from . import comfy_compat, patcher, quant
 from .conditioning import ContextShape, RowsCond, Store, prompt_of
+from .experts import ExpertRouting
 from .latents import check_latent
-from .patcher import NO_WEIGHT, UND, UND_PREFIX, ExpertRouting, Places
+from .places import NO_WEIGHT, UND, UND_PREFIX, Places
 
 
 class LanceFamily(comfy.supported_models_base.BASE):
@@ -103,6 +104,9 @@ class LanceModel(comfy.model_base.BaseModel):
         self.understanding_names = [f"{UND_PREFIX}{name}" for name in (*understanding.state_dict(), *joined)]
         self.places = Places(joined_rows(self.diffusion_model), joined)
         self.store = Store()
+        self.companion: Any = None  # the understanding expert's weights, for clones that share none
+        # By name, as LoRA extraction looks up layers, and yet no part of this module.
+        object.__setattr__(self.diffusion_model, "understanding", understanding)
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -186,7 +190,7 @@ class LanceModel(comfy.model_base.BaseModel):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """This expert's weights; and, asked without arguments as LoRA loaders do, the names of the other's
-        and of projections that are joined, so that LoRAs on them are recognised (`patcher.ExpertRouting`
+        and of projections that are joined, so that LoRAs on them are recognised (`experts.ExpertRouting`
         sends each where it belongs).
         """
         state = super().state_dict(*args, **kwargs)
@@ -238,6 +242,7 @@ def build(
     model.device = mm.unet_offload_device()
     main = patcher.make_patcher(model, ExpertRouting, disable_dynamic=disable_dynamic)
     main.set_additional_models(UND, [understanding])
+    model.companion = comfy_compat.own_weights(understanding)
     main.add_wrapper_with_key(px.WrappersMP.OUTER_SAMPLE, "lance_restore", restore_clean)
     main.add_wrapper_with_key(px.WrappersMP.PREPARE_SAMPLING, "lance_placement", patcher.main_first)
     return main

@@ -1,0 +1,172 @@
+"""The MODEL's patcher: two experts, each with its own patches, that everything of ComfyUI sees as one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from ..lance_core.errors import RequestError
+from . import merging
+from .patcher import PatchesInForward
+from .places import NO_WEIGHT, UND, UND_PREFIX, PatchKey
+from .quant import OwnQuantLinear, Quantised
+
+
+class ExpertRouting(PatchesInForward):
+    """Patcher behaviour of the MODEL: patches named for the understanding expert go to its patcher, and what
+    asks for the MODEL's weights gets both experts'.
+    """
+
+    def _others(self) -> list[Any]:
+        """The understanding expert's patcher; none while `patcher.main_first` loads this one alone."""
+        return self.additional_models.get(UND, [])
+
+    # -- loading and cloning ---------------------------------------------------------------------------------
+
+    def model_patches_models(self) -> list[Any]:
+        """Also the other expert: who loads the MODEL without sampling wants both, to save or to train."""
+        return [*super().model_patches_models(), *self._others()]
+
+    def clone(self, *args: Any, **kwargs: Any) -> Any:
+        """A clone with weights of its own gets an understanding expert with weights of its own, too."""
+        n = super().clone(*args, **kwargs)
+        if n.model is not self.model:
+            names = ("disable_dynamic", "model_override", "force_deepcopy")
+            given = dict(zip(names, args, strict=False)) | kwargs | {"model_override": n.model.companion}
+            n.additional_models[UND] = [und.clone(**given) for und in self._others()]
+        return n
+
+    # -- patches ---------------------------------------------------------------------------------------------
+
+    def _placed(self, keys: Iterable[Any]) -> dict[Any, PatchKey]:
+        """Each patch's key as it came -> its place in the MODEL."""
+        return {key: self.model.places.place(PatchKey.of(key)) for key in keys}
+
+    def _split(self, patches: Iterable[Any]) -> tuple[dict[Any, Any], dict[Any, Any]]:
+        """The keys of patches of this expert and of the other, each in ComfyUI's form -> as it came."""
+        mine, theirs = {}, {}
+        for key, place in self._placed(patches).items():
+            if place.name.startswith(UND_PREFIX):
+                theirs[place._replace(name=place.name.removeprefix(UND_PREFIX)).native()] = key
+            else:
+                mine[place.native()] = key
+        return mine, theirs
+
+    def add_patches(self, patches: dict, *args: Any, **kwargs: Any) -> list:
+        """
+        Raises:
+            RequestError: another model is to be merged in that is not Lance, or Lance of another size.
+        """
+        self._check_merge(patches)
+        mine, theirs = self._split(patches)
+        taken = [
+            mine[k] for k in super().add_patches({k: patches[v] for k, v in mine.items()}, *args, **kwargs)
+        ]
+        if theirs:
+            given = {k: patches[v] for k, v in theirs.items()}
+            for other in self._others():
+                taken += [theirs[k] for k in other.add_patches(given, *args, **kwargs)]
+        return taken
+
+    def _check_merge(self, patches: dict) -> None:
+        given = {key: merging.shape_given(value) for key, value in patches.items()}
+        if not any(shape is not None for shape in given.values()):
+            return
+        for key, place in self._placed(given).items():
+            shape = given[key]
+            if shape is None:
+                continue
+            name = PatchKey.of(key).name
+            known = self._shape(place.name)
+            if known is None:
+                raise RequestError(
+                    f"The models cannot be merged: the first is Lance, and the second has a weight "
+                    f"{name[:100]!r}, which Lance has not. Merge Lance with Lance."
+                )
+            if place.offset is not None:
+                known = (place.offset[2], *known[1:])
+            if known != shape:
+                raise RequestError(
+                    f"The models cannot be merged: {name[:100]} is {list(known)} in the first and "
+                    f"{list(shape)} in the second. They are of different sizes; take two of one size."
+                )
+
+    def _shape(self, name: str) -> tuple[int, ...] | None:
+        """The shape of one of the MODEL's weights, joined ones whole, dequantised; None if there is none."""
+        patchers = [(self, name)]
+        if name.startswith(UND_PREFIX):
+            patchers = [(other, name.removeprefix(UND_PREFIX)) for other in self._others()]
+        for patcher, key in patchers:
+            owner, _, leaf = key.rpartition(".")
+            try:
+                layer = patcher.model.get_submodule(owner)
+            except AttributeError:
+                continue
+            if leaf == "weight" and isinstance(layer, Quantised):
+                return (layer.out_features, layer.in_features)
+            found = getattr(layer, leaf, None)
+            if isinstance(found, torch.Tensor):
+                return tuple(found.shape)
+        return None
+
+    def add_weight_wrapper(self, name: str, function: Any) -> None:
+        """What training puts on a weight.
+
+        Raises:
+            RequestError: the weight is kept in a form that no LoRA of its shape fits.
+        """
+        layer = self._layer(name)
+        if isinstance(layer, OwnQuantLinear) and layer.format.per_byte > 1:
+            raise RequestError(
+                f"{name} is kept as {layer.format.name}, two weights to a byte, which this ComfyUI cannot "
+                "train a LoRA on: load a checkpoint in bf16, or one converted to fp8 or int8."
+            )
+        super().add_weight_wrapper(name, function)
+
+    # -- hooks -----------------------------------------------------------------------------------------------
+
+    def add_hook_patches(self, hook: Any, patches: dict, *args: Any, **kwargs: Any) -> list:
+        placed = {place.native(): key for key, place in self._placed(patches).items()}
+        done = super().add_hook_patches(hook, {k: patches[v] for k, v in placed.items()}, *args, **kwargs)
+        return [placed[k] for k in done]
+
+    # -- weights of both ------------------------------------------------------------------------------------
+
+    def model_state_dict(self, filter_prefix: str | None = None) -> dict[str, Any]:
+        """This expert's weights, without the names that `LanceModel.state_dict` lends to LoRAs; asked by a
+        prefix, as LoRA extraction does, both experts'.
+
+        Raises:
+            RequestError: both are wanted and a quantised layer is patched, whose difference to another
+                cannot be told from what is stored.
+        """
+        own = {k: v for k, v in super().model_state_dict(filter_prefix).items() if v is not NO_WEIGHT}
+        if filter_prefix is None:
+            return own
+        for patcher in (self, *self._others()):
+            bad = next((key for key in patcher.patches if patcher._layer(key) is not None), None)
+            if bad is not None:
+                raise RequestError(
+                    f"A LoRA cannot be extracted from quantised weights ({bad} is one): load the "
+                    "checkpoints in bf16, subtract, and extract it from the difference."
+                )
+        lent = {
+            f"{UND_PREFIX}{k}": v for other in self._others() for k, v in other.model_state_dict().items()
+        }
+        return own | {k: v for k, v in lent.items() if k.startswith(filter_prefix)}
+
+    def patch_weight_to_device(self, key: str, *args: Any, **kwargs: Any) -> Any:
+        if not key.startswith(UND_PREFIX):
+            return super().patch_weight_to_device(key, *args, **kwargs)
+        (other,) = self._others()
+        return other.patch_weight_to_device(key.removeprefix(UND_PREFIX), *args, **kwargs)
+
+    def get_key_patches(self, filter_prefix: str | None = None) -> dict[str, list]:
+        """For merge nodes, which ask by a prefix: both experts' weights with their patches. Without one
+        ComfyUI asks for itself, and wants the weights of this patcher alone, by their own names.
+        """
+        if filter_prefix is None:
+            return super().get_key_patches()
+        return merging.key_patches(self, filter_prefix)
