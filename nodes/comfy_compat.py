@@ -9,9 +9,10 @@ device or the dtype: its layers, its quantised layer, its patcher. Each is made 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +59,18 @@ def own_weights(patcher: Any) -> Any:
     older ones, whose clones share their module always.
     """
     return patcher.get_clone_model_override() if hasattr(patcher, "get_clone_model_override") else None
+
+
+@contextlib.contextmanager
+def trainable(quantised: bool) -> Iterator[None]:
+    """Where weights are made that may be trained: nodes run in inference mode, whose tensors cannot be.
+
+    Where ComfyUI has quantised weights as tensors of their own kind, these are made as it makes them: in
+    inference mode it cannot move others. It trains on a copy that it makes outside of that mode.
+    """
+    as_it_is = quantised and hasattr(quant_ops, "QuantizedTensor") and torch.is_inference_mode_enabled()
+    with torch.inference_mode(as_it_is), torch.no_grad():
+        yield
 
 
 def stored_weight(patcher: Any, key: str) -> tuple[Tensor | None, Any]:

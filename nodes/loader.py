@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from ..lance_core.checkpoint.checkpoint import Checkpoint
 from ..lance_core.model.vit import VisionTower
 from . import comfy_compat, model, patcher, quant
@@ -35,10 +33,10 @@ def reload(name: str, dtype: str, disable_dynamic: bool = False) -> list:
     return [p for p in _made(open_checkpoint(name), dtype, disable_dynamic)[:3] if p]
 
 
-def _made(*args: Any):
-    """`_patchers`, with weights that can be trained: nodes run in inference mode, whose tensors cannot be."""
-    with torch.inference_mode(False), torch.no_grad():
-        return _patchers(*args)
+def _made(checkpoint: Checkpoint, *args: Any):
+    """`_patchers`, with weights that can be trained."""
+    with comfy_compat.trainable(any(part.formats for part in checkpoint.parts.values())):
+        return _patchers(checkpoint, *args)
 
 
 def _patchers(checkpoint: Checkpoint, dtype: str, disable_dynamic: bool = False):

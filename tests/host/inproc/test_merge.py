@@ -53,7 +53,7 @@ def spliced(comfy, base, tmp_path_factory):
     }
     for name, combine in made.items():
         shutil.copytree(golden / CHECKPOINT, folder / name)
-        new = {k: combine(w, b[k]) if k in b and w.dtype == torch.float32 else w for k, w in a.items()}
+        new = {k: combine(w.float(), b[k].float()) if k in b else w for k, w in a.items()}
         save_file(new, folder / name / "model.safetensors")
     convert = module(comfy, "lance_core.checkpoint.convert").convert
     for dtype in ("int8", "nvfp4"):
@@ -67,7 +67,7 @@ def spliced(comfy, base, tmp_path_factory):
             lora[f"{name}.lora_B.weight"] = torch.randn(rows, 4, generator=generator) / 4
         lora[f"diffusion_model.{prefix}layers.0.mlp.down_proj.dora_scale"] = torch.ones(64, 1)
         name = f"diffusion_model.{prefix}layers.0.mlp.down_proj"
-        lora[f"{name}.lora_A.weight"] = torch.randn(4, 160, generator=generator) / 4
+        lora[f"{name}.lora_A.weight"] = torch.randn(4, 96, generator=generator) / 4
         lora[f"{name}.lora_B.weight"] = torch.randn(64, 4, generator=generator) / 4
     save_file(lora, base / "models" / "loras" / "merge.safetensors")
     folder_paths.add_model_folder_path("lance", str(folder))
@@ -131,7 +131,7 @@ def test_a_third_model_is_merged_into_a_merge(comfy, spliced):
     folder = spliced / "third"
     if not folder.exists():
         shutil.copytree(GOLDEN / "checkpoint" / CHECKPOINT, folder)
-        new = {k: blend[0] * w + blend[1] * b[k] if k in b else w for k, w in a.items()}
+        new = {k: blend[0] * w.float() + blend[1] * b[k].float() if k in b else w for k, w in a.items()}
         save_file(new, folder / "model.safetensors")
     assert away(picture(comfy, graph, "third"), loaded(comfy, "third")) < 1e-5
 

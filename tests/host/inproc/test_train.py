@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 
 import pytest
-import torch
 from graphs import node
 from small import MODEL, away, lance, samples, t2i
 
