@@ -8,6 +8,7 @@ from . import checkpoints
 from .nodes_latent import EmptyLanceLatent, LanceImageToVideoLatent, LanceVAEDecode
 from .nodes_model import LanceLoader, LanceTextEncode, LanceVisionEncode
 from .nodes_sample import LanceGuider, LanceNoise, LanceSampler, LanceScheduler
+from .nodes_save import LanceSaveCheckpoint
 from .nodes_text import LanceUnderstand
 
 NODES = [
@@ -22,6 +23,7 @@ NODES = [
     LanceNoise,
     LanceVAEDecode,
     LanceUnderstand,
+    LanceSaveCheckpoint,
 ]
 
 

@@ -269,6 +269,13 @@ def _layout(format: Format, names: tuple[str, ...]) -> tuple[str, Any]:
     return name, Layout
 
 
+def quantised_parts(layer: Any) -> dict[str, Tensor]:
+    """The tensors of a quantised layer's weight, by their names in `Format.layout`."""
+    if hasattr(quant_ops, "QuantizedTensor") and isinstance(layer.weight, quant_ops.QuantizedTensor):
+        return layer.weight.state_dict("weight")
+    return {name: getattr(layer, name) for name in layer.layout}
+
+
 def _dequantised(weight: Tensor) -> Tensor:
     """A weight for a product: quantised ones in full precision."""
     return weight.dequantize() if isinstance(weight, quant_ops.QuantizedTensor) else weight

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 from ..lance_core.errors import RequestError
-from . import merging
+from . import merging, saving
 from .patcher import PatchesInForward
 from .places import NO_WEIGHT, UND, UND_PREFIX, PatchKey
 from .quant import OwnQuantLinear, Quantised
@@ -170,3 +171,16 @@ class ExpertRouting(PatchesInForward):
         if filter_prefix is None:
             return super().get_key_patches()
         return merging.key_patches(self, filter_prefix)
+
+    # -- saving ----------------------------------------------------------------------------------------------
+
+    def partially_load(self, *args: Any, **kwargs: Any) -> Any:
+        # Older ComfyUIs ask the model itself for what is to be saved, which then has to know whose it is.
+        self.model.loaded_by = weakref.ref(self)
+        return super().partially_load(*args, **kwargs)
+
+    def state_dict_for_saving(
+        self, clip_state_dict: Any = None, vae_state_dict: Any = None, *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        """What ModelSave and CheckpointSave write."""
+        return saving.state_dict(self, clip_state_dict, vae_state_dict)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..lance_core.checkpoint.checkpoint import Checkpoint
+from ..lance_core.checkpoint.convert import told
 from ..lance_core.model.vit import VisionTower
 from . import comfy_compat, model, patcher, quant
 from .checkpoints import open_checkpoint
@@ -63,6 +64,7 @@ def _patchers(checkpoint: Checkpoint, dtype: str, disable_dynamic: bool = False)
     und = patcher.make_patcher(understanding, patcher.PatchesInForward, disable_dynamic=disable_dynamic)
     fill("und", understanding, und)
     main = model.build(config.llm, stored, compute, und, disable_dynamic, checkpoint.parts["gen"].formats)
+    main.model.told = told(config, checkpoint.tokenizer)
     fill("gen", main.model.diffusion_model, main)
     vit = None
     if config.vit is not None:

@@ -105,6 +105,8 @@ class LanceModel(comfy.model_base.BaseModel):
         self.places = Places(joined_rows(self.diffusion_model), joined)
         self.store = Store()
         self.companion: Any = None  # the understanding expert's weights, for clones that share none
+        self.told: dict[str, Any] = {}  # what a file of it has to say of itself
+        self.loaded_by: Any = None  # reference to the patcher that loaded it last
         # By name, as LoRA extraction looks up layers, and yet no part of this module.
         object.__setattr__(self.diffusion_model, "understanding", understanding)
 
@@ -198,6 +200,10 @@ class LanceModel(comfy.model_base.BaseModel):
             for name in (*self.understanding_names, *self.places):
                 state.setdefault(name, NO_WEIGHT)
         return state
+
+    def state_dict_for_saving(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """What older ComfyUIs' save nodes ask for, having loaded it."""
+        return self.loaded_by().state_dict_for_saving(*args, **kwargs)
 
 
 def clean_frames(mask: Tensor) -> Tensor:
