@@ -6,13 +6,11 @@ import weakref
 from collections.abc import Iterable
 from typing import Any
 
-import torch
-
 from ..lance_core.errors import RequestError
 from . import merging, saving
 from .patcher import PatchesInForward
 from .places import NO_WEIGHT, UND, UND_PREFIX, PatchKey
-from .quant import OwnQuantLinear, Quantised
+from .quant import OwnQuantLinear
 
 
 class ExpertRouting(PatchesInForward):
@@ -72,45 +70,21 @@ class ExpertRouting(PatchesInForward):
         return taken
 
     def _check_merge(self, patches: dict) -> None:
-        given = {key: merging.shape_given(value) for key, value in patches.items()}
-        if not any(shape is not None for shape in given.values()):
-            return
-        for key, place in self._placed(given).items():
-            shape = given[key]
+        for key, value in patches.items():
+            shape = merging.shape_given(value)
             if shape is None:
                 continue
-            name = PatchKey.of(key).name
-            known = self._shape(place.name)
+            name, known = PatchKey.of(key).name, merging.shape_of(self.model, key)
             if known is None:
                 raise RequestError(
                     f"The models cannot be merged: the first is Lance, and the second has a weight "
                     f"{name[:100]!r}, which Lance has not. Merge Lance with Lance."
                 )
-            if place.offset is not None:
-                known = (place.offset[2], *known[1:])
             if known != shape:
                 raise RequestError(
                     f"The models cannot be merged: {name[:100]} is {list(known)} in the first and "
                     f"{list(shape)} in the second. They are of different sizes; take two of one size."
                 )
-
-    def _shape(self, name: str) -> tuple[int, ...] | None:
-        """The shape of one of the MODEL's weights, joined ones whole, dequantised; None if there is none."""
-        patchers = [(self, name)]
-        if name.startswith(UND_PREFIX):
-            patchers = [(other, name.removeprefix(UND_PREFIX)) for other in self._others()]
-        for patcher, key in patchers:
-            owner, _, leaf = key.rpartition(".")
-            try:
-                layer = patcher.model.get_submodule(owner)
-            except AttributeError:
-                continue
-            if leaf == "weight" and isinstance(layer, Quantised):
-                return (layer.out_features, layer.in_features)
-            found = getattr(layer, leaf, None)
-            if isinstance(found, torch.Tensor):
-                return tuple(found.shape)
-        return None
 
     def add_weight_wrapper(self, name: str, function: Any) -> None:
         """What training puts on a weight.

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import comfy_compat
-from .places import OWN_PREFIX, UND, UND_PREFIX
+from .places import OWN_PREFIX, UND, UND_PREFIX, PatchKey
 from .quant import Quantised
 
 LEAVES = (".weight", ".bias")
@@ -98,6 +98,25 @@ def weights(main: Any) -> Iterator[tuple[str, Weight]]:
 def key_patches(main: Any, prefix: str) -> dict[str, list]:
     """What ComfyUI's merge nodes ask the second model for."""
     return {name: [(weight.base, weight)] for name, weight in weights(main) if name.startswith(prefix)}
+
+
+def shape_of(model: Any, key: Any) -> tuple[int, ...] | None:
+    """The shape of one of a LanceModel's weights, by a patch's key, dequantised; None if there is none."""
+    place = model.places.place(PatchKey.of(key))
+    owner, _, leaf = place.name.rpartition(".")
+    try:
+        layer = comfy.utils.get_attr(model, owner)
+    except AttributeError:
+        return None
+    found: Any = getattr(layer, leaf, None)
+    if not isinstance(found, torch.Tensor):
+        return None
+    quantised = leaf == "weight" and isinstance(layer, Quantised)
+    shape = (layer.out_features, layer.in_features) if quantised else tuple(found.shape)
+    if place.offset is None:
+        return shape
+    axis, _, length = place.offset
+    return (*shape[:axis], length, *shape[axis + 1 :])
 
 
 def shape_given(value: Any) -> tuple[int, ...] | None:
