@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import checkpoints
+from . import checkpoints, loras
 from .nodes_latent import EmptyLanceLatent, LanceImageToVideoLatent, LanceVAEDecode
 from .nodes_model import LanceLoader, LanceTextEncode, LanceVisionEncode
 from .nodes_sample import LanceGuider, LanceNoise, LanceSampler, LanceScheduler
+from .nodes_save import LanceSaveCheckpoint
 from .nodes_text import LanceUnderstand
 
 NODES = [
@@ -22,6 +23,7 @@ NODES = [
     LanceNoise,
     LanceVAEDecode,
     LanceUnderstand,
+    LanceSaveCheckpoint,
 ]
 
 
@@ -33,3 +35,4 @@ class LanceExtension(ComfyExtension):
 
 
 checkpoints.register_folder()
+loras.install()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 
@@ -23,6 +24,8 @@ CACHED = "models--"  # how the Hugging Face cache names a repository's folder
 # Where configurations of checkpoint folders are: two levels deep, and in the cache's snapshots.
 FOLDERS = ["*/llm_config.json", "*/*/llm_config.json"]
 FOLDERS += [f"{CACHED}*/snapshots/{pattern}" for pattern in ("*/llm_config.json", "*/*/llm_config.json")]
+FILES = ("*.safetensors", "*/*.safetensors")
+SAVED = ("checkpoints", "diffusion_models")  # kinds of model folders, to which ComfyUI adds its output/ ones
 DTYPES = ("default", "bf16", "fp16", "fp8_e4m3fn")
 
 
@@ -33,7 +36,7 @@ def register_folder() -> None:
 
 def checkpoints() -> dict[str, Path]:
     """Name in the list -> path of every released folder and self-contained file under the lance folders, two
-    levels deep.
+    levels deep; and of such files where ComfyUI's save nodes put them.
     """
     found: dict[str, Path] = {}
     for base in map(Path, folder_paths.get_folder_paths(FOLDER)):
@@ -41,10 +44,16 @@ def checkpoints() -> dict[str, Path]:
             for config in sorted(base.glob(pattern)):
                 if finding.is_checkpoint(config.parent):
                     found.setdefault(_listed(config.parent, base), config.parent)
-        for pattern in ("*.safetensors", "*/*.safetensors"):
+        for pattern in FILES:
             for file in sorted(base.glob(pattern)):
                 if _self_contained(file):
                     found.setdefault(file.relative_to(base).as_posix(), file)
+    for kind in SAVED:
+        for base in map(Path, folder_paths.get_folder_paths(kind)):
+            for pattern in FILES:
+                for file in sorted(base.glob(pattern)):
+                    if _self_contained(file):
+                        found.setdefault(f"{kind}/{file.relative_to(base).as_posix()}", file)
     return found
 
 
@@ -65,10 +74,10 @@ def _self_contained(file: Path) -> bool:
     return _says_enough(file, stat.st_mtime_ns, stat.st_size)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=4096)
 def _says_enough(file: Path, changed: int, size: int) -> bool:
     try:
-        stored_config(SafetensorsFile(file).metadata, file)
+        stored_config(SafetensorsFile(file))
     except CheckpointError:
         return False
     return True
@@ -120,8 +129,21 @@ def fingerprint(choice: str) -> str:
     """Changes when any file of the checkpoint does, its ViT and VAE included, or one that was missing is put
     there.
     """
-    path = checkpoints().get(download.name_of(choice) or choice)
-    return str(None if path is None else finding.fingerprint(path))
+    there = checkpoints()
+    path = there.get(download.name_of(choice) or choice)
+    return str(None if path is None else finding.fingerprint(path, also=_also(path, there)))
+
+
+def _also(path: Path, there: Mapping[str, Path]) -> list[Path]:
+    """Where the ViT and the VAE of a file that lies elsewhere may be: wherever another checkpoint has them,
+    and with ComfyUI's VAEs.
+    """
+    if path.is_dir():
+        return []
+    return [
+        *dict.fromkeys(p.parent for p in there.values()),
+        *map(Path, folder_paths.get_folder_paths("vae")),
+    ]
 
 
 def fetch(choice: str, node_id: str | None) -> str:
@@ -150,7 +172,8 @@ def open_checkpoint(name: str) -> Checkpoint:
     Raises:
         CheckpointError: not there any more, or damaged.
     """
-    path = checkpoints().get(name)
+    there = checkpoints()
+    path = there.get(name)
     if path is None:
         raise CheckpointError(f"The checkpoint {name!r} is not there any more. {missing_message()}")
-    return Checkpoint(path)
+    return Checkpoint(path, also=_also(path, there))

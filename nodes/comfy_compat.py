@@ -9,9 +9,10 @@ device or the dtype: its layers, its quantised layer, its patcher. Each is made 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +53,37 @@ def patcher_class(disable_dynamic: bool = False) -> Any:
     """The ModelPatcher that ComfyUI itself constructs; newer ones choose one at start, so ask late."""
     plain = comfy.model_patcher.ModelPatcher
     return plain if disable_dynamic else getattr(comfy.model_patcher, "CoreModelPatcher", plain)
+
+
+def own_weights(patcher: Any) -> Any:
+    """What newer ComfyUIs' `clone(model_override=...)` takes, for a clone with this patcher's module; None on
+    older ones, whose clones share their module always.
+    """
+    return patcher.get_clone_model_override() if hasattr(patcher, "get_clone_model_override") else None
+
+
+@contextlib.contextmanager
+def trainable(quantised: bool) -> Iterator[None]:
+    """Where weights are made that may be trained: nodes run in inference mode, whose tensors cannot be.
+
+    Where ComfyUI has quantised weights as tensors of their own kind, these are made as it makes them: in
+    inference mode it cannot move others. It trains on a copy that it makes outside of that mode.
+    """
+    as_it_is = quantised and hasattr(quant_ops, "QuantizedTensor") and torch.is_inference_mode_enabled()
+    with torch.inference_mode(as_it_is), torch.no_grad():
+        yield
+
+
+def stored_weight(patcher: Any, key: str) -> tuple[Tensor | None, Any]:
+    """(a weight as it is stored, from the backup where a patched one is in its place; the layer's function
+    that makes a plain tensor of it, None if it is one).
+    """
+    weight, _, convert = comfy.model_patcher.get_key_weight(patcher.model, key)
+    if key in patcher.backup:
+        weight = patcher.backup[key].weight
+    if key in patcher.hook_backup:
+        weight = patcher.hook_backup[key][0]
+    return weight, convert
 
 
 def archive_dtypes(model: nn.Module) -> None:
@@ -236,6 +268,13 @@ def _layout(format: Format, names: tuple[str, ...]) -> tuple[str, Any]:
     name = f"Lance{format.name}"
     quant_ops.register_layout_class(name, Layout)
     return name, Layout
+
+
+def quantised_parts(layer: Any) -> dict[str, Tensor]:
+    """The tensors of a quantised layer's weight, by their names in `Format.layout`."""
+    if hasattr(quant_ops, "QuantizedTensor") and isinstance(layer.weight, quant_ops.QuantizedTensor):
+        return layer.weight.state_dict("weight")
+    return {name: getattr(layer, name) for name in layer.layout}
 
 
 def _dequantised(weight: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..lance_core.checkpoint.checkpoint import Checkpoint
+from ..lance_core.checkpoint.convert import told
 from ..lance_core.model.vit import VisionTower
 from . import comfy_compat, model, patcher, quant
 from .checkpoints import open_checkpoint
@@ -19,7 +20,7 @@ def load(name: str, dtype: str):
         CheckpointError: not there, or damaged.
     """
     checkpoint = open_checkpoint(name)
-    main, und, vit, compute = _patchers(checkpoint, dtype)
+    main, und, vit, compute = _made(checkpoint, dtype)
     patcher.reloadable([p for p in (main, und, vit) if p], reload, name, dtype)
     vae = LanceVAE(checkpoint)
     patcher.reloadable([vae.patcher], reload_vae, name)
@@ -28,7 +29,13 @@ def load(name: str, dtype: str):
 
 def reload(name: str, dtype: str, disable_dynamic: bool = False) -> list:
     """Patchers of a checkpoint with weights of their own, in the order in which `load` makes them."""
-    return [p for p in _patchers(open_checkpoint(name), dtype, disable_dynamic)[:3] if p]
+    return [p for p in _made(open_checkpoint(name), dtype, disable_dynamic)[:3] if p]
+
+
+def _made(checkpoint: Checkpoint, *args: Any):
+    """`_patchers`, with weights that can be trained."""
+    with comfy_compat.trainable(any(part.formats for part in checkpoint.parts.values())):
+        return _patchers(checkpoint, *args)
 
 
 def reload_vae(name: str, disable_dynamic: bool = False) -> list:
@@ -60,6 +67,7 @@ def _patchers(checkpoint: Checkpoint, dtype: str, disable_dynamic: bool = False)
     und = patcher.make_patcher(understanding, patcher.PatchesInForward, disable_dynamic=disable_dynamic)
     fill("und", understanding, und)
     main = model.build(config.llm, stored, compute, und, disable_dynamic, checkpoint.parts["gen"].formats)
+    main.model.told = told(config, checkpoint.tokenizer)
     fill("gen", main.model.diffusion_model, main)
     vit = None
     if config.vit is not None:

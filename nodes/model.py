@@ -28,10 +28,11 @@ from ..lance_core.model.sequence import MARKERS
 from . import comfy_compat, devices, patcher, quant
 from .conditioning import prompt_of
 from .contexts import CleanCond, CleanPart, ContextShape, Place, Rows, RowsCond, Store
+from .experts import ExpertRouting
 from .last_call import LastCall
 from .latents import check_latent
 from .layer_patches import LayerPatches, PatchedLayers
-from .patcher import NO_WEIGHT, UND, UND_PREFIX, ExpertRouting, Places
+from .places import NO_WEIGHT, UND, UND_PREFIX, Places
 from .windows import Window
 
 
@@ -132,6 +133,11 @@ class LanceModel(comfy.model_base.BaseModel):
         self.store = Store()
         self.last_call = LastCall()
         self.unused = ""  # what a node has put on the model in vain, in this run
+        self.companion: Any = None  # the understanding expert's weights, for clones that share none
+        self.told: dict[str, Any] = {}  # what a file of it has to say of itself
+        self.loaded_by: Any = None  # reference to the patcher that loaded it last
+        # By name, as LoRA extraction looks up layers, and yet no part of this module.
+        object.__setattr__(self.diffusion_model, "understanding", understanding)
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -258,7 +264,7 @@ class LanceModel(comfy.model_base.BaseModel):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """This expert's weights; and, asked without arguments as LoRA loaders do, the names of the other's
-        and of projections that are joined, so that LoRAs on them are recognised (`patcher.ExpertRouting`
+        and of projections that are joined, so that LoRAs on them are recognised (`experts.ExpertRouting`
         sends each where it belongs).
         """
         state = super().state_dict(*args, **kwargs)
@@ -266,6 +272,10 @@ class LanceModel(comfy.model_base.BaseModel):
             for name in (*self.understanding_names, *self.places):
                 state.setdefault(name, NO_WEIGHT)
         return state
+
+    def state_dict_for_saving(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """What older ComfyUIs' save nodes ask for, having loaded it."""
+        return self.loaded_by().state_dict_for_saving(*args, **kwargs)
 
 
 def clean_frames(mask: Tensor) -> Tensor:
@@ -333,6 +343,7 @@ def build(
     main = patcher.make_patcher(model, ExpertRouting, disable_dynamic=disable_dynamic)
     main.set_additional_models(UND, [understanding])
     main.add_wrapper_with_key(px.WrappersMP.OUTER_SAMPLE, "lance_explain", explain)
+    model.companion = comfy_compat.own_weights(understanding)
     main.add_wrapper_with_key(px.WrappersMP.OUTER_SAMPLE, "lance_restore", restore_clean)
     main.add_callback_with_key(px.CallbacksMP.ON_CLEANUP, "lance_calls", forget_calls)
     main.add_wrapper_with_key(px.WrappersMP.PREPARE_SAMPLING, "lance_devices", devices.follow(UND))

@@ -1,39 +1,24 @@
-"""The patchers around our modules, and where a patch goes: to which expert, and to which rows of a joined
-projection.
-
-ComfyUI keeps LoRAs as patches of weights by name. A MODEL of Lance has two patchers, the generation expert's
-and, brought along by it, the understanding expert's; and projections that share an input are one layer. So a
-patch is routed twice. With the released sizes, a LoRA on the understanding expert's `q_proj` of layer 0:
-
-    name in the LoRA's file    diffusion_model.understanding.layers.0.self_attn.q_proj.weight
-    by `Places`                diffusion_model.understanding.layers.0.self_attn.qkv_proj.weight, rows 0 to
-    2048 by `ExpertRouting`         the other patcher's layers.0.self_attn.qkv_proj.weight, rows 0 to 2048
-"""
+"""The patchers around our modules: ComfyUI's, with our behaviour in front; made, filled, and blamed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import comfy.model_management as mm
 import comfy.utils
 import torch
 from torch import Tensor, nn
 
-from ..lance_core.model.joined import Rows
-from . import comfy_compat, devices
+from . import comfy_compat
+from .places import UND, PatchKey
 from .quant import Patches, Quantised
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher as _Patcher
 else:
     _Patcher = object  # which class stands behind is known only at run time
-
-UND = "lance_und"  # the key under which the MODEL brings the understanding expert's patcher along
-OWN_PREFIX = "diffusion_model."
-UND_PREFIX = "diffusion_model.understanding."  # how LoRAs name the other expert's layers
-NO_WEIGHT = torch.empty(0)  # stands for weights whose names a state dict lends to LoRAs
 
 
 # -- classes
@@ -115,115 +100,6 @@ class PatchesInForward(Behaviour):
         super().unpatch_hooks(*args, **kwargs)
         for layer in self._layers().values():
             layer.hook = None
-
-
-# -- where a patch goes
-# ---------------------------------------------------------------------------------------
-
-
-class PatchKey(NamedTuple):
-    """What ComfyUI names a patched weight by: its name, or a tuple of name, part of it, and a function on the
-    part.
-    """
-
-    name: str
-    offset: tuple[int, int, int] | None = None  # axis, start, length
-    function: Callable[[Tensor], Tensor] | None = None
-
-    @classmethod
-    def of(cls, key: Any) -> PatchKey:
-        """From either of ComfyUI's forms."""
-        return cls(key) if isinstance(key, str) else cls(*key)
-
-    def native(self) -> Any:
-        """In the shortest of ComfyUI's forms."""
-        if self.function is not None:
-            return tuple(self)
-        return self.name if self.offset is None else (self.name, self.offset)
-
-
-class Places:
-    """Where projections are that files and LoRAs know apart: rows of joined ones, by their names in the
-    MODEL.
-    """
-
-    def __init__(self, own: Mapping[str, Rows], understanding: Mapping[str, Rows]) -> None:
-        self._rows = {
-            f"{prefix}{name}": (f"{prefix}{place.name}", place.rows)
-            for prefix, rows in ((OWN_PREFIX, own), (UND_PREFIX, understanding))
-            for name, place in rows.items()
-        }
-
-    def __iter__(self) -> Any:
-        """The names of the projections."""
-        return iter(self._rows)
-
-    def place(self, key: PatchKey) -> PatchKey:
-        """The same patch by the joined projection's name and rows.
-
-        Raises:
-            ValueError: it is of columns, which ComfyUI cannot name together with rows.
-        """
-        if key.name not in self._rows:
-            return key
-        whole, rows = self._rows[key.name]
-        if key.offset is None:
-            return key._replace(name=whole, offset=(0, rows.start, rows.stop - rows.start))
-        axis, start, length = key.offset
-        if axis != 0:
-            raise ValueError(
-                f"a patch of columns of {key.name} cannot be applied; it can be of the whole weight or of "
-                "rows"
-            )
-        return key._replace(name=whole, offset=(0, rows.start + start, length))
-
-
-class ExpertRouting(PatchesInForward):
-    """Patcher behaviour of the MODEL: patches named for the understanding expert go to its patcher."""
-
-    def _placed(self, keys: Iterable[Any]) -> dict[Any, PatchKey]:
-        """Each patch's key as it came -> its place in the MODEL."""
-        return {key: self.model.places.place(PatchKey.of(key)) for key in keys}
-
-    def add_patches(self, patches: dict, *args: Any, **kwargs: Any) -> list:
-        other = self.get_additional_models_with_key(UND)[0]
-        mine, theirs = {}, {}
-        for key, place in self._placed(patches).items():
-            if place.name.startswith(UND_PREFIX):
-                theirs[place._replace(name=place.name.removeprefix(UND_PREFIX)).native()] = key
-            else:
-                mine[place.native()] = key
-        taken = [
-            mine[k] for k in super().add_patches({k: patches[v] for k, v in mine.items()}, *args, **kwargs)
-        ]
-        if theirs:
-            given = {k: patches[v] for k, v in theirs.items()}
-            taken += [theirs[k] for k in other.add_patches(given, *args, **kwargs)]
-        return taken
-
-    def add_hook_patches(self, hook: Any, patches: dict, *args: Any, **kwargs: Any) -> list:
-        placed = {place.native(): key for key, place in self._placed(patches).items()}
-        done = super().add_hook_patches(hook, {k: patches[v] for k, v in placed.items()}, *args, **kwargs)
-        return [placed[k] for k in done]
-
-    def model_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """This expert's weights, without the names that `LanceModel.state_dict` lends to LoRAs."""
-        return {k: v for k, v in super().model_state_dict(*args, **kwargs).items() if v is not NO_WEIGHT}
-
-    def deepclone_multigpu(self, *args: Any, **kwargs: Any) -> Any:
-        """A copy with weights of its own for another device, and the understanding expert's with it."""
-        brought = self.additional_models.get(UND, [])
-        with devices.loaded_once([self, *brought]):
-            n = super().deepclone_multigpu(*args, **kwargs)
-        n.cached_patcher_init = self.cached_patcher_init
-        for copy, original in zip(n.additional_models.get(UND, []), brought, strict=True):
-            copy.cached_patcher_init = original.cached_patcher_init
-        return n
-
-    def match_multigpu_clones(self) -> None:
-        super().match_multigpu_clones()
-        for copy in self.get_additional_models_with_key("multigpu"):
-            devices.match(self, copy, UND)
 
 
 # -- making them

@@ -59,6 +59,8 @@ class Quantised:
     format: Format
     patched_dtype: torch.dtype
     weight_function: list
+    out_features: int
+    in_features: int
     lora: Patches | None = None
     hook: Patches | None = None
 

@@ -262,6 +262,28 @@ def test_other_tools_files_are_read_when_they_say_enough(root, tmp_path):
         draw(tmp_path / "c.safetensors")
 
 
+def test_the_configuration_may_be_a_tensor_of_bytes(root, tmp_path):
+    """Where another program writes the metadata, as ComfyUI's save nodes do."""
+    from safetensors.torch import load_file, save_file
+
+    convert(root / "Lance_3B", tmp_path / "a.safetensors")
+    told = SafetensorsFile(tmp_path / "a.safetensors").metadata["lance"]
+    tensors = load_file(tmp_path / "a.safetensors")
+
+    def written(text: bytes) -> Path:
+        data = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        save_file({**tensors, "lance_config": data}, tmp_path / "b.safetensors", {"prompt": "{}"})
+        return tmp_path / "b.safetensors"
+
+    one, other = Checkpoint(tmp_path / "a.safetensors"), Checkpoint(written(told.encode()))
+    assert other.config == one.config and other.tokenizer.definition == one.tokenizer.definition
+    for text in (b"\xff\xfe{", b"[" * 100_000, b"[1]"):
+        with pytest.raises(CheckpointError, match="get the file again"):
+            Checkpoint(written(text))
+    with pytest.raises(CheckpointError, match="without llm_config"):
+        Checkpoint(written(b"{}"))
+
+
 def test_command_line(root, tmp_path, capsys):
     target = str(tmp_path / "cli.safetensors")
     assert (

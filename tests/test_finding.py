@@ -21,6 +21,7 @@ import lance_core
 from lance_core import CheckpointError
 from lance_core.checkpoint import finding
 from lance_core.checkpoint.checkpoint import Checkpoint
+from lance_core.checkpoint.convert import convert
 from lance_core.checkpoint.tensor_files import SafetensorsFile, TorchFile
 
 VAE = "Wan2.2_VAE.pth"
@@ -194,6 +195,20 @@ def test_an_opened_checkpoint_says_what_it_opened_and_looked_for(checkpoint_copy
     given = finding.candidates(checkpoint_copy, vit, root / VAE)
     assert vit in given and vit.with_name("config.json") in given
     assert set(finding.candidates(checkpoint_copy, vit.parent, root / VAE)) == set(given)
+
+
+def test_a_file_that_lies_elsewhere_finds_its_vit_and_vae_where_it_is_told(checkpoint_copy, tmp_path):
+    root, alone = checkpoint_copy.parent, tmp_path / "alone" / "file.safetensors"
+    alone.parent.mkdir()
+    convert(checkpoint_copy, alone, include_vae=False)
+    assert Checkpoint(alone).config.vae is None
+    opened = Checkpoint(alone, also=[tmp_path / "nothing", root])
+    assert opened.config.vae is not None and root / VAE in opened.files
+    before = finding.fingerprint(alone, also=[root])
+    (root / VAE).unlink()
+    assert finding.fingerprint(alone, also=[root]) != before, "and is opened again when that goes"
+    (alone.parent / VAE).write_bytes(b"no archive")
+    refused(alone, VAE, also=[root])  # what is beside it comes first
 
 
 # -- no regular files ----------------------------------------------------------------------------------------

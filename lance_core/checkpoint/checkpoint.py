@@ -13,7 +13,7 @@ Besides the released folders, a single safetensors file is read when its metadat
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -30,7 +30,7 @@ from ..model.vit import VisionTower
 from ..stored_values import Shapes, numbered, read_json
 from ..vae.wan import WanVAE
 from . import finding, loading
-from .finding import CONFIG_FILE, VAE_FILES, VIT_CONFIG, VIT_FILE, VIT_FOLDER, Given, Shards
+from .finding import CONFIG_FILE, CONFIG_TENSOR, VAE_FILES, VIT_CONFIG, VIT_FILE, VIT_FOLDER, Given, Shards
 from .finding import MODEL_FILES as MODEL_FILES
 from .finding import stored_config as stored_config
 from .loading import Progress
@@ -38,9 +38,9 @@ from .quantize import IGNORED_SUFFIXES, ON_DISK, SIDE_TENSORS, Format, formats_o
 from .tensor_files import WeightFile, open_weights
 
 PARTS = ("und", "gen", "vit", "vae")
-# Ignored: the position table, which is recomputed, and ComfyUI's mark of a scaled fp8 file: formats are
-# detected from dtypes.
-IGNORED = ("latent_pos_embed.pos_embed", "scaled_fp8")
+# Ignored: the position table, which is recomputed; ComfyUI's mark of a scaled fp8 file: formats are detected
+# from dtypes; and the configuration, which is read before.
+IGNORED = ("latent_pos_embed.pos_embed", "scaled_fp8", CONFIG_TENSOR)
 VIT_PREFIXES, VAE_PREFIXES = ("vit_model.", "visual."), ("vae.", "first_stage_model.")
 
 
@@ -118,6 +118,7 @@ class Checkpoint:
         path: a released folder (`.../Lance_3B` or `.../Lance_3B_Video`), the same in a Hugging Face cache, or
             a single file that `convert` wrote.
         vit, vae: files or folders to use instead of the ones found inside or beside it.
+        also: further folders where the two are looked for, if they are neither inside nor beside it.
 
     Raises:
         CheckpointError: something is missing, damaged or of another model; the message names it.
@@ -130,10 +131,12 @@ class Checkpoint:
     candidates: tuple[Path, ...]
     """Every file that was opened or looked for, there or not: see `finding.fingerprint`."""
 
-    def __init__(self, path: str | os.PathLike, vit: Given = None, vae: Given = None) -> None:
+    def __init__(
+        self, path: str | os.PathLike, vit: Given = None, vae: Given = None, also: Sequence[Path] = ()
+    ) -> None:
         try:
-            self.path = finding.resolve(path)
-            self.candidates = tuple(finding.candidates(path, vit, vae))
+            self.path, self.also = finding.resolve(path), tuple(also)
+            self.candidates = tuple(finding.candidates(path, vit, vae, self.also))
             self._open(vit, vae)
         except OSError as error:  # a name too long, a folder that may not be read
             raise CheckpointError(f"{str(path)[:200]} cannot be read ({str(error)[:200]}).") from None
@@ -180,7 +183,7 @@ class Checkpoint:
         """Model file, configuration, and what a single file says of itself; the tokeniser is made."""
         if self.path.exists() and not self.path.is_dir():
             single = finding.open_single_file(self.path)
-            told = finding.stored_config(single.metadata, self.path)
+            told = finding.stored_config(single)
             self.tokenizer = Tokenizer(told["tokenizer"], str(self.path))
             raw = dict(told["llm_config"])
             if isinstance(told.get("vit_config"), dict):
@@ -208,7 +211,7 @@ class Checkpoint:
     def _add_vit(self, given: Given, raw: dict[str, Any]) -> Any:
         """Point the "vit" part at its file; returns its configuration, None where there is no ViT."""
         inside = bool(self.parts["vit"].tensors)
-        path = finding.find_vit(self.path, given) if given or not inside else None
+        path = finding.find_vit(self.path, given, self.also) if given or not inside else None
         if path:
             file = open_weights(path)
             self.parts["vit"] = Part({key: (file, key) for key in file.shapes})
@@ -225,7 +228,7 @@ class Checkpoint:
         """Point the "vae" part at its file; returns the file, None where there is no VAE."""
         if not given and self.parts["vae"].tensors:
             return self.path
-        path = finding.find_vae(self.path, given)
+        path = finding.find_vae(self.path, given, self.also)
         if path:
             file = open_weights(path)
             self.parts["vae"] = Part({key: (file, key) for key in file.shapes})

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import to_json
+from ..config import LanceConfig, to_json
 from ..errors import CheckpointError, RequestError
+from ..inputs.tokenizer import Tokenizer
 from .checkpoint import Checkpoint, Progress, released_name
 from .quantize import FORMATS, Format, marker, quantisable, stored_names
 from .tensor_files import WeightFile
@@ -77,22 +78,8 @@ def convert(
         sizes[name] = sum(e.nbytes for e in entries)
         planned += entries
     if "fp8" in choice.values():
-        planned.append(
-            _constant("scaled_fp8", torch.zeros(2).to(torch.float8_e4m3fn))
-        )  # two elements say: weight-only
-    told = {
-        "llm_config": checkpoint.config.raw,
-        "tokenizer": checkpoint.tokenizer.definition,
-        "dtype": choice,
-        "variant": checkpoint.config.variant,
-    }
-    if checkpoint.config.vit:
-        told["vit_config"] = to_json(checkpoint.config.vit)
-    metadata = {
-        "format": "pt",
-        "lance_version": VERSION,
-        "lance": json.dumps(told, ensure_ascii=False, sort_keys=True),
-    }
+        planned.append(fp8_mark())
+    metadata = stored_metadata(told(checkpoint.config, checkpoint.tokenizer) | {"dtype": choice})
     total = write_safetensors(
         target, planned, metadata, lambda done, all_: progress and progress("converting", done, all_)
     )
@@ -104,6 +91,37 @@ def convert(
         "parts": sizes,
         "dtypes": {name: choice[name] for name in sizes},
     }
+
+
+def told(config: LanceConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What a single file has to say of itself to be loaded alone, see `finding.stored_config`."""
+    said = {"llm_config": config.raw, "tokenizer": tokenizer.definition, "variant": config.variant}
+    return said | ({"vit_config": to_json(config.vit)} if config.vit else {})
+
+
+def stored_metadata(said: dict[str, Any]) -> dict[str, str]:
+    """`told` as a file's metadata."""
+    text = json.dumps(said, ensure_ascii=False, sort_keys=True)
+    return {"format": "pt", "lance_version": VERSION, "lance": text}
+
+
+def plan_quantised(
+    layer: str, shape: tuple[int, int], format: Format, make: Callable[[str], Callable[[], Tensor]]
+) -> list[Planned]:
+    """The tensors of a quantised layer, whose name as in a file is `layer` with a dot at its end.
+
+    make: gives what makes each, by its name in `format.layout`.
+    """
+    layout = format.layout(*shape)
+    names = stored_names(format, layout)
+    planned = [Planned(layer + names[leaf], kind, size, make(leaf)) for leaf, (kind, size) in layout.items()]
+    mark = marker(format)
+    return planned if mark is None else [*planned, constant(layer + "comfy_quant", mark)]
+
+
+def fp8_mark() -> Planned:
+    """What says of a file that its fp8 layers are scaled: two elements, for weight-only."""
+    return constant("scaled_fp8", torch.zeros(2).to(torch.float8_e4m3fn))
 
 
 def _plan_part(checkpoint: Checkpoint, part: str, wanted: str) -> list[Planned]:
@@ -119,26 +137,15 @@ def _plan_part(checkpoint: Checkpoint, part: str, wanted: str) -> list[Planned]:
     planned = []
     for name, (file, key) in held.tensors.items():
         shape = file.shapes[key]
-        stored = _stored_name(part, name)
+        stored = stored_name(part, name)
         if format is not None and quantisable(name, checkpoint.config.llm.num_layers) and format.fits(*shape):
-            planned += _plan_quantised(stored.removesuffix("weight"), shape, format, file, key)
+            encoded = _Encoded(format, file, key)
+            planned += plan_quantised(
+                stored.removesuffix("weight"), (shape[0], shape[1]), format, encoded.take
+            )
         else:
             planned.append(Planned(stored, plain, shape, _Cast(file, key, plain)))
     return planned
-
-
-def _plan_quantised(
-    layer: str, shape: tuple[int, ...], format: Format, file: WeightFile, key: str
-) -> list[Planned]:
-    encoded = _Encoded(format, file, key)
-    layout = format.layout(*shape)
-    names = stored_names(format, layout)
-    planned = [
-        Planned(layer + names[leaf], dtype, size, encoded.take(leaf))
-        for leaf, (dtype, size) in layout.items()
-    ]
-    mark = marker(format)
-    return planned if mark is None else [*planned, _constant(layer + "comfy_quant", mark)]
 
 
 class _Cast:
@@ -173,11 +180,13 @@ class _Encoded:
         return beside[leaf] if leaf in beside else self.format.levels(weight, beside)
 
 
-def _constant(name: str, tensor: Tensor) -> Planned:
+def constant(name: str, tensor: Tensor) -> Planned:
+    """A tensor that is there already."""
     return Planned(name, tensor.dtype, tuple(tensor.shape), lambda: tensor)
 
 
-def _stored_name(part: str, name: str) -> str:
+def stored_name(part: str, name: str) -> str:
+    """A tensor's name in its part's module -> in a single file."""
     prefix = {"vit": "vit_model.", "vae": "vae."}.get(part)
     return prefix + name if prefix else released_name(name, part == "gen")
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ VIT_FOLDER, VIT_FILE, VIT_CONFIG = "Qwen2.5-VL-ViT", "vit.safetensors", "config.
 VAE_FILES = ("Wan2.2_VAE.pth", "Wan2.2_VAE.safetensors", "wan2.2_vae.safetensors")
 CONFIG_KEYS = ("llm_config", "llm_config.json", "config", "config.json")
 TOKENIZER_KEYS = ("tokenizer", "tokenizer.json")
+CONFIG_TENSOR = "lance_config"  # JSON as bytes, where a file's metadata is not ours to write
 MAX_SHARDS = 1000
 
 Given = str | os.PathLike | None  # a ViT or VAE named by the caller
@@ -68,8 +69,12 @@ def is_checkpoint(folder: Path) -> bool:
     return (folder / CONFIG_FILE).is_file() and holds_model(folder)
 
 
-def candidates(path: str | os.PathLike, vit: Given = None, vae: Given = None) -> list[Path]:
-    """Every file that `Checkpoint(path, vit, vae)` opens or looks for, there or not, in no special order."""
+def candidates(
+    path: str | os.PathLike, vit: Given = None, vae: Given = None, also: Sequence[Path] = ()
+) -> list[Path]:
+    """Every file that `Checkpoint(path, vit, vae, also)` opens or looks for, there or not, in no special
+    order.
+    """
     asked, found = Path(path), resolve(path)
     places = [asked / "refs" / "main"] if found != asked else []
     if found.is_dir():
@@ -78,17 +83,19 @@ def candidates(path: str | os.PathLike, vit: Given = None, vae: Given = None) ->
         places += [p for p in sorted(found.glob("*.safetensors")) if p.name not in MODEL_FILES]  # shards
     else:
         places.append(found)
-    for place in vit_places(found, vit):
+    for place in vit_places(found, vit, also):
         file = place if vit and not place.is_dir() else place / VIT_FILE
         places += [file, file.parent / VIT_CONFIG]
-    return places + vae_places(found, vae)
+    return places + vae_places(found, vae, also)
 
 
-def fingerprint(path: str | os.PathLike, vit: Given = None, vae: Given = None) -> tuple[Stamp, ...]:
+def fingerprint(
+    path: str | os.PathLike, vit: Given = None, vae: Given = None, also: Sequence[Path] = ()
+) -> tuple[Stamp, ...]:
     """What changes when a file of the checkpoint does, appears or goes: equal as long as opening it again
     would find the same. Looks at names, sizes, times and inodes only.
     """
-    return tuple(map(_stamp, candidates(path, vit, vae)))
+    return tuple(map(_stamp, candidates(path, vit, vae, also)))
 
 
 def _stamp(path: Path) -> Stamp:
@@ -99,14 +106,14 @@ def _stamp(path: Path) -> Stamp:
     return str(path), found.st_size, found.st_mtime_ns, found.st_ino
 
 
-def vit_places(path: Path, given: Given = None) -> list[Path]:
-    """Where a ViT is looked for: folders, or what was given."""
-    return [Path(given)] if given else [p / VIT_FOLDER for p in _around(path)]
+def vit_places(path: Path, given: Given = None, also: Sequence[Path] = ()) -> list[Path]:
+    """Where a ViT is looked for: folders, or what was given. also: further folders that may hold one."""
+    return [Path(given)] if given else [p / VIT_FOLDER for p in (*_around(path), *also)]
 
 
-def vae_places(path: Path, given: Given = None) -> list[Path]:
-    """Where a VAE is looked for: files."""
-    return [Path(given)] if given else [folder / name for folder in _around(path) for name in VAE_FILES]
+def vae_places(path: Path, given: Given = None, also: Sequence[Path] = ()) -> list[Path]:
+    """Where a VAE is looked for: files. also: see `vit_places`."""
+    return [Path(given)] if given else [p / name for p in (*_around(path), *also) for name in VAE_FILES]
 
 
 def _around(path: Path) -> list[Path]:
@@ -114,9 +121,9 @@ def _around(path: Path) -> list[Path]:
     return [path, path.parent] if path.is_dir() else [path.parent]
 
 
-def find_vit(path: Path, given: Given) -> Path | None:
+def find_vit(path: Path, given: Given, also: Sequence[Path] = ()) -> Path | None:
     """The ViT's weight file; None if there is none. A FIFO in its place is found, and refused when opened."""
-    for place in vit_places(path, given):
+    for place in vit_places(path, given, also):
         file = place / VIT_FILE if place.is_dir() else place
         if file.exists() and not file.is_dir():
             return file
@@ -127,9 +134,9 @@ def find_vit(path: Path, given: Given) -> Path | None:
     return None
 
 
-def find_vae(path: Path, given: Given) -> Path | None:
+def find_vae(path: Path, given: Given, also: Sequence[Path] = ()) -> Path | None:
     """The VAE's weight file; None if there is none."""
-    for place in vae_places(path, given):
+    for place in vae_places(path, given, also):
         if place.exists() and not place.is_dir():
             return place
     if given:
@@ -243,22 +250,30 @@ def _inner(folder: Path, most: int = 2) -> Iterator[Path]:
                 return
 
 
-def stored_config(metadata: dict[str, str], path: Path) -> dict[str, Any]:
-    """What a single file says of itself: {"llm_config": ..., "tokenizer": ..., "vit_config": ... or absent}.
+def stored_config(file: SafetensorsFile) -> dict[str, Any]:
+    """What a single file says of itself: {"llm_config": ..., "tokenizer": ..., "vit_config": ... or absent},
+    in its metadata or, where a program of someone else's wrote these, in a tensor of bytes.
 
     Raises:
         CheckpointError: it does not say enough.
     """
+    path, metadata = file.path, file.metadata
 
-    def parse(text: str) -> Any:
+    def parse(text: str, where: str = "metadata in its header") -> Any:
         try:
             return json.loads(text)
         except (ValueError, RecursionError) as error:
             raise CheckpointError(
-                f"{path}: the metadata in its header is not JSON ({str(error)[:150]}); get the file again."
+                f"{path}: the {where} is not JSON ({str(error)[:150]}); get the file again."
             ) from None
 
-    told = parse(metadata["lance"]) if "lance" in metadata else {}
+    if "lance" in metadata:
+        told = parse(metadata["lance"])
+    elif file.dtypes.get(CONFIG_TENSOR) is torch.uint8:
+        text = bytes(file.read(CONFIG_TENSOR).flatten().numpy()).decode("utf-8", "replace")
+        told = parse(text, f"tensor {CONFIG_TENSOR}")
+    else:
+        told = {}
     if not isinstance(told, dict):
         raise CheckpointError(
             f"{path}: the `lance` metadata in its header is no JSON object; get the file again."
