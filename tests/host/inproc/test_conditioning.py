@@ -110,7 +110,7 @@ def test_concat_is_refused(comfy):
     refused(comfy, ksampler(graph, positive=["mixed", 0]), "cannot be concatenated.*Combine")
 
 
-def test_a_mix_with_another_models_is_refused(comfy, monkeypatch):
+def test_a_mix_with_another_models_is_refused(comfy):
     class Clip:
         RETURN_TYPES = ("CONDITIONING",)
         FUNCTION = "make"
@@ -150,7 +150,6 @@ def test_combined_with_strengths_is_the_weighted_mean(comfy, weight):
     [
         ("reference_latents", "Reference Latent.*Lance Vision Encode"),
         ("concat_latent_image", "WanImageToVideo.*Lance Image To Video Latent"),
-        ("control", "ControlNet.*no control nets"),
         ("gligen", "GLIGEN.*Set Area"),
         ("clip_vision_output", "CLIP vision.*Lance Vision Encode"),
         ("unclip_conditioning", "unCLIPConditioning"),
@@ -198,13 +197,39 @@ def test_wan_image_to_video_node(comfy):
     refused(comfy, graph, "WanImageToVideo.*Lance Image To Video Latent")
 
 
-def test_gligen_and_controlnet_nodes_are_told_by_their_keys(comfy):
-    """What the stock nodes write is what is refused here; a renamed key would slip through as a warning."""
-    found = comfy.nodes["ControlNetApplyAdvanced"]().apply_controlnet
-    import inspect
+class TestControl:
+    """A CONTROL_NET of no model, as far as the stock node and a sampler's preparations look into it."""
 
-    assert "'control'" in inspect.getsource(found)
-    assert '"gligen"' in inspect.getsource(comfy.nodes["GLIGENTextBoxApply"].append)
+    RETURN_TYPES = ("CONTROL_NET",)
+    FUNCTION = "make"
+    CATEGORY = "testing"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {}}
+
+    def make(self):
+        import comfy.controlnet
+
+        return (comfy.controlnet.T2IAdapter(torch.nn.Identity(), 3, 8, "nearest-exact"),)
+
+
+def test_controlnet_node(comfy):
+    comfy.nodes["TestControl"] = TestControl
+    graph = {**t2i(), "net": node("TestControl"), "photo": node("LoadImage", image="photo.png")}
+    graph["applied"] = node(
+        "ControlNetApplyAdvanced",
+        positive=POSITIVE,
+        negative=NEGATIVE,
+        control_net=["net", 0],
+        image=["photo", 0],
+        strength=1.0,
+        start_percent=0.0,
+        end_percent=1.0,
+    )
+    refused(
+        comfy, lance(graph, positive=["applied", 0], negative=["applied", 1]), "ControlNet.*no control nets"
+    )
 
 
 def test_inpaint_model_conditioning_goes_by_its_noise_mask(comfy):
@@ -359,9 +384,6 @@ REGIONS = {  # the same 64x64 pixels at (96, 32), however they are said; cells 6
 @pytest.mark.parametrize("how", REGIONS)
 def test_a_region_is_where_it_was_set(comfy, how):
     graph = REGIONS[how](regional())
-    if how == "mask of another size" or how == "mask bounds":
-        # Bilinear scaling may blur a mask's edge; whole cells here, so it does not.
-        pass
     graph["both"] = node("ConditioningCombine", conditioning_1=["region", 0], conditioning_2=["other", 0])
     found = samples(comfy, one_step(graph, ["both", 0]))
     background = samples(comfy, one_step(graph, ["other", 0]))
@@ -372,10 +394,10 @@ def test_a_region_is_where_it_was_set(comfy, how):
 def test_a_region_of_a_video_is_of_all_frames(comfy):
     graph = i2v()
     graph["other"] = text("a boat", target="video")
-    for how in ("area", "mask"):
+    for how in ("share", "mask"):
         chosen = (
-            {**graph, "region": area(48, 0, 48, 64)}
-            if how == "area"
+            {**graph, "region": share(0.5, 0.0, 0.5, 1.0)}
+            if how == "share"
             else mask(graph, 48, 0, 48, 64, (96, 64))
         )
         chosen["both"] = node(
@@ -383,7 +405,7 @@ def test_a_region_of_a_video_is_of_all_frames(comfy):
         )
         found = samples(comfy, lance(chosen, positive=["both", 0], cfg=1.0, steps=1))
         plain = samples(comfy, lance(chosen, positive=["other", 0], cfg=1.0, steps=1))
-        changed = (found - plain).abs().amax(dim=(0, 1, 3)) > 1e-6
+        changed = (found - plain).abs().amax(dim=(0, 1, 3)) > 1e-4
         assert changed[1:, 3:].all() and not changed[:, :3].any() and not changed[0].any(), how
 
 
@@ -399,7 +421,7 @@ def test_masks_for_each_frame(comfy):
     graph["both"] = node("ConditioningCombine", conditioning_1=["region", 0], conditioning_2=["other", 0])
     found = samples(comfy, lance(graph, positive=["both", 0], cfg=1.0, steps=1))
     plain = samples(comfy, lance(graph, positive=["other", 0], cfg=1.0, steps=1))
-    changed = (found - plain).abs().amax(dim=(0, 1, 3, 4)) > 1e-6
+    changed = (found - plain).abs().amax(dim=(0, 1, 3, 4)) > 1e-4
     assert changed.tolist() == [False, True, False]  # the first is the picture that is kept
     graph["dark"]["inputs"]["batch_size"] = 2
     refused(comfy, lance(graph, positive=["both", 0]), "7 masks.*video of 9 frames.*one mask for all")
