@@ -260,6 +260,7 @@ def test_no_checkpoint_at_all(comfy, monkeypatch, tmp_path):
         "No Lance checkpoint found" in said
         and str(tmp_path) in said
         and "huggingface.co/bytedance-research/Lance" in said
+        and "HF_ENDPOINT=https://hf-mirror.com" in said
     )
 
 
