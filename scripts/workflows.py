@@ -23,6 +23,7 @@ from workflow_graphs import MAKERS, build
 
 ROOT = Path(__file__).absolute().parents[1]
 FOLDER = ROOT / "workflows"
+CLIP = FOLDER / "lance_example.mp4"  # drawn by example_clip.py
 NODES = Path(__file__).with_name("workflow_nodes.json")
 
 NAMES = list(MAKERS)

@@ -87,6 +87,19 @@ def test_thumbnail(name):
     assert min(width, height) >= 400
 
 
+def test_the_clip_of_the_video_workflows():
+    """Small, as long as a video of Lance's, and named by every workflow that loads one."""
+    from lance_core.inputs import media
+
+    file = FOLDER / "lance_example.mp4"
+    assert file.stat().st_size < 100_000
+    frames = media.read_clip(file)[0]
+    assert len(frames) % 4 == 1 and len(frames) == 37
+    assert (frames[0] != frames[-1]).any()
+    loaded = [n["inputs"]["file"] for w in NAMES for n in api(w).values() if n["class_type"] == "LoadVideo"]
+    assert loaded == [file.name] * 2
+
+
 def test_no_other_thumbnails():
     assert sorted(path.stem for path in FOLDER.glob("*.jpg")) == NAMES
 

@@ -116,3 +116,31 @@ def test_tags_and_channels_by_themselves(comfy, spatial):
     if tagged(comfy):
         ratio = 1 if spatial is None else spatial / 16
         assert compat.fix_empty_latent(model, latent).shape == (1, 48, 1, round(8 * ratio), round(16 * ratio))
+
+
+# -- the clip of the video workflows -------------------------------------------------------------------------
+
+
+def test_the_example_clip_is_offered_once(comfy, base, tmp_path, monkeypatch):
+    """It is in the input folder from the start; one that a person has put there is left alone."""
+    import folder_paths
+    from small import module
+
+    clip = module(comfy, "nodes.example_clip")
+    assert (base / "input" / "lance_example.mp4").read_bytes() == clip.CLIP.read_bytes()
+    monkeypatch.setattr(folder_paths, "get_input_directory", lambda: str(tmp_path))
+    (tmp_path / "lance_example.mp4").write_bytes(b"mine")
+    clip.offer()
+    assert (tmp_path / "lance_example.mp4").read_bytes() == b"mine"
+    (tmp_path / "lance_example.mp4").unlink()
+    clip.offer()
+    assert [path.name for path in tmp_path.iterdir()] == ["lance_example.mp4"]
+
+
+def test_an_input_folder_that_cannot_be_written_stops_nothing(comfy, tmp_path, monkeypatch, caplog):
+    import folder_paths
+    from small import module
+
+    monkeypatch.setattr(folder_paths, "get_input_directory", lambda: str(tmp_path / "absent"))
+    module(comfy, "nodes.example_clip").offer()
+    assert "example clip was not put into" in caplog.text
