@@ -56,11 +56,7 @@ class Blueprint:
             ],
             "outputs": [{"name": o["name"], "type": o["type"], "links": []} for o in inside["outputs"]],
             "properties": {
-                "proxyWidgets": [
-                    [str(node.id), name]
-                    for node, name, _, widget in map(self._described, self.inputs)
-                    if widget
-                ],
+                "proxyWidgets": [[str(node.id), name] for node, name in self._widgets()],
                 "cnr_id": PACK_ID,
             },
             "widgets_values": [],
@@ -77,6 +73,12 @@ class Blueprint:
             "definitions": {"subgraphs": [inside]},
             "extra": {"BlueprintDescription": self.description, "BlueprintSearchAliases": ["lance"]},
         }
+
+    def _widgets(self) -> list[tuple[Node, str]]:
+        """What is set on the node; what becomes of a seed after a run comes last, and is no input."""
+        described = [self._described(exposed) for exposed in self.inputs]
+        shown = [(node, name) for node, name, _, widget in described if widget]
+        return shown + [(node, "control_after_generate") for node, name in shown if name == "seed"]
 
     @staticmethod
     def _described(exposed: tuple[Node, str]) -> tuple[Node, str, str, bool]:
