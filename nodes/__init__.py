@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import checkpoints, loras
+from . import checkpoints, example_clip, loras
 from .nodes_latent import EmptyLanceLatent, LanceImageToVideoLatent, LanceVAEDecode
 from .nodes_model import LanceLoader, LanceTextEncode, LanceVisionEncode
 from .nodes_sample import LanceGuider, LanceNoise, LanceSampler, LanceScheduler
@@ -36,3 +36,4 @@ class LanceExtension(ComfyExtension):
 
 checkpoints.register_folder()
 loras.install()
+example_clip.offer()

@@ -121,7 +121,7 @@ def missing_message() -> str:
     return (
         "By hand: put the folders Lance_3B and/or Lance_3B_Video, Qwen2.5-VL-ViT and the file "
         "Wan2.2_VAE.pth "
-        f"into {places} (from huggingface.co/{download.REPO})."
+        f"into {places} (from huggingface.co/{download.REPO}; {download.MIRROR_HINT} in the environment)."
     )
 
 

@@ -28,7 +28,8 @@ from comfy_api.input_impl import VideoFromFile
 from torch import Tensor, nn
 
 from ..lance_core.checkpoint.quantize import Format, marker
-from ..lance_core.config import VAEConfig
+from ..lance_core.config import CELL, VAEConfig
+from ..lance_core.errors import RequestError
 from ..lance_core.model.attention import fold_groups, unfold_groups
 from ..lance_core.model.ops import are_few, few_rows
 from ..lance_core.model.rope import GridScale
@@ -45,6 +46,8 @@ else:
 
 # of an empty LATENT; ComfyUI's spelling
 LATENT_TAGS = ("downscale_ratio_spacial", "downscale_ratio_temporal")
+# Pixels a side that a cell of an empty LATENT stands for, by its channels, where ComfyUI does not tag it.
+EMPTY_CELLS = {4: 8, 12: 8, 16: 8, 64: 32, 128: 32}
 MASK_ELEMENTS = 1 << 24  # of a causal mask at once
 FLOAT_DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -377,11 +380,30 @@ def fix_empty_latent(patcher: Any, latent: dict[str, Any]) -> Tensor:
     """The samples of a LATENT, an empty one of another model given the channels and size of ours.
 
     Newer ComfyUIs tag an empty latent with the pixels a cell of it stands for; where their function takes the
-    tags, the size in pixels stays what was asked for.
+    tags, the size in pixels stays what was asked for. Older ones go by the channels here.
+
+    Raises:
+        RequestError: an empty latent without a tag, of a number of channels that does not tell its size.
     """
-    fix = comfy.sample.fix_empty_latent_channels
+    fix, samples = comfy.sample.fix_empty_latent_channels, latent["samples"]
     taken = inspect.signature(fix).parameters
-    return fix(patcher, latent["samples"], **{tag: latent.get(tag) for tag in LATENT_TAGS if tag in taken})
+    if LATENT_TAGS[0] not in taken and not samples.is_nested and not bool(samples.any()):
+        samples = _resized_empty(samples, patcher.get_model_object("latent_format").latent_channels)
+    return fix(patcher, samples, **{tag: latent.get(tag) for tag in LATENT_TAGS if tag in taken})
+
+
+def _resized_empty(samples: Tensor, channels: int) -> Tensor:
+    """An empty latent of other channels with our cells' number of rows and columns."""
+    if samples.ndim not in (4, 5) or samples.shape[1] == channels:
+        return samples
+    cell = EMPTY_CELLS.get(samples.shape[1])
+    if cell is None:
+        raise RequestError(
+            f"The empty latent has {samples.shape[1]} channels and Lance's have {channels}, so the size it "
+            "stands for cannot be told: use Empty Lance Latent."
+        )
+    rows, columns = (max(1, round(n * cell / CELL)) for n in samples.shape[-2:])
+    return samples.new_zeros(*samples.shape[:-2], rows, columns)
 
 
 def progress(total: int | None = None) -> Callable[[int, int], None]:

@@ -1,7 +1,8 @@
 """CONDITIONING that carries a Lance prompt, and how it becomes a context when sampling starts.
 
-A conditioning is `[[ones(1, 1, 1), {"lance": Prompt}]]`: stock nodes combine, time and zero it like any
-other.
+A conditioning is `[[mark, {"lance": Prompt}]]`: stock nodes combine, time and zero it like any other. The
+mark is a number of the prompt's own, so that a node which calculates with it (averages, multiplies) is
+noticed.
 
     Lance Text Encode   Encoded: token ids of the prompt and the negative, embeddings of pictures
     CONDITIONING        Prompt: one branch of an Encoded
@@ -10,7 +11,8 @@ other.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import itertools
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -34,6 +36,8 @@ from ..lance_core.model.sequence import (
 from .windows import Window
 
 KEY = "lance"
+_numbers = itertools.count(1)
+ROUNDING = 1e-9  # of a mark that was averaged with itself; marks are whole numbers in float64
 
 
 @dataclass(eq=False)
@@ -94,7 +98,8 @@ class Encoded:
                 raise RequestError(
                     f"The latent is {size_text(grid)} and what is to be edited was encoded as "
                     f"{size_text(segment.grid)}: connect the LATENT output of Lance Vision Encode to the "
-                    "sampler."
+                    "sampler. For a second, larger pass connect the upscaled latent to size_from of another "
+                    "Lance Vision Encode, and encode the prompt with its vision."
                 )
 
     @property
@@ -126,6 +131,7 @@ class Prompt:
 
     encoded: Encoded
     branch: Branch
+    number: int = field(default_factory=lambda: next(_numbers))
 
     def zeroed(self) -> Prompt:
         """The unconditional branch without any negative prompt; the same `encoded` each time."""
@@ -137,14 +143,18 @@ class Prompt:
 
     def conditioning(self) -> list:
         """As ComfyUI's CONDITIONING."""
-        return [[torch.ones(1, 1, 1), {KEY: self}]]
+        return [[self.mark(), {KEY: self}]]
+
+    def mark(self) -> Tensor:
+        """What stands where other models have embeddings, [1, 1, 1]."""
+        return torch.full((1, 1, 1), float(self.number), dtype=torch.float64)
 
 
 def prompt_of(conds: dict[str, Any]) -> Prompt:
     """The prompt a conditioning carries, the unconditional one if its tensor has been zeroed.
 
     Raises:
-        RequestError: it carries none.
+        RequestError: it carries none, or its tensor says that it was mixed with another.
     """
     prompt = conds.get(KEY)
     if not isinstance(prompt, Prompt):
@@ -152,12 +162,24 @@ def prompt_of(conds: dict[str, Any]) -> Prompt:
             "This model is Lance, and the conditioning was not made for it: encode the prompt with Lance "
             "Text Encode."
         )
-    cross = conds.get("cross_attn")
-    if isinstance(cross, Tensor) and cross.shape[1:2] != (1,):
+    found = conds.get("cross_attn")
+    if not isinstance(found, Tensor):
+        return prompt
+    if found.shape[-1] != 1:
+        raise RequestError(
+            "The conditioning was mixed with another model's: encode both prompts with Lance Text Encode."
+        )
+    if found.shape[1:2] != (1,):
         raise RequestError(
             "Lance's prompts cannot be concatenated: write both into one prompt, or use Conditioning "
             "(Combine)."
         )
-    if isinstance(cross, Tensor) and not bool(cross.any()):
+    if not bool(found.any()):
         return prompt.zeroed()
+    if not torch.allclose(found, prompt.mark().to(found), rtol=ROUNDING, atol=0):
+        raise RequestError(
+            "Lance's prompts cannot be averaged or multiplied. For a weighted mean of what two prompts "
+            "predict, give each a weight with Conditioning (Set Area Strength) and join them with "
+            "Conditioning (Combine)."
+        )
     return prompt

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..lance_core.checkpoint.quantize import Format, swap
 from ..lance_core.config import LATENT_CHANNELS, RELEASED_SAMPLING, LLMConfig
-from ..lance_core.errors import RequestError
+from ..lance_core.errors import NumericsError, RequestError
 from ..lance_core.model.dual_expert import DualExpert, Generation
 from ..lance_core.model.joined import joined_rows
 from ..lance_core.model.memory import DenoisingMemory
@@ -32,7 +32,9 @@ from .experts import ExpertRouting
 from .last_call import LastCall
 from .latents import check_latent
 from .layer_patches import LayerPatches, PatchedLayers
+from .patcher import blame
 from .places import NO_WEIGHT, UND, UND_PREFIX, Places
+from .review import review
 from .windows import Window
 
 
@@ -314,8 +316,14 @@ def restore_clean(
     *args: Any,
     **kwargs: Any,
 ):
-    """OUTER_SAMPLE wrapper: what the mask keeps comes out bit for bit, whichever sampler ran."""
+    """OUTER_SAMPLE wrapper: the conditionings are looked over first, NaN is told, and what the mask keeps
+    comes out bit for bit, whichever sampler ran.
+    """
+    guider = executor.class_obj
+    review(guider.conds, noise.shape, denoise_mask)
     out = executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
+    if not bool(torch.isfinite(out).all()):
+        raise NumericsError(f"Denoising gave NaN or infinity: {blame(guider.model_patcher)}")
     if denoise_mask is None:
         return out
     mask = comfy.utils.reshape_mask(denoise_mask, noise.shape)  # as the sampler does it

@@ -119,6 +119,12 @@ class LanceVisionEncode(io.ComfyNode):
                 LANCE_VISION.Input(
                     "earlier", optional=True, tooltip="Subjects encoded before, to which these are added."
                 ),
+                io.Latent.Input(
+                    "size_from",
+                    optional=True,
+                    tooltip="A latent whose width and height an edit source is encoded at, for a second, "
+                    "larger pass; resolution then is the size at which it is read.",
+                ),
             ],
             outputs=[
                 LANCE_VISION.Output(
@@ -144,13 +150,15 @@ class LanceVisionEncode(io.ComfyNode):
         video=None,
         mask=None,
         earlier: Vision | None = None,
+        size_from=None,
     ) -> io.NodeOutput:
         video_given = pictures.is_video(image, video, role)
         pictures.check_request(lance, video_given, role, earlier, vae)
+        size = pictures.size_of(size_from, role)
         if resolution == AUTO:
             resolution = "video_480p" if video_given else "image_768res"
         clips = pictures.clips_of(image, video, role, mask)
-        seen, grid = pictures.encode(lance, vae, clips, video_given, role, resolution, earlier)
+        seen, grid = pictures.encode(lance, vae, clips, video_given, role, resolution, earlier, size)
         return io.NodeOutput(seen, {"samples": latents.empty_latent(grid)})
 
 
@@ -221,6 +229,11 @@ class LanceTextEncode(io.ComfyNode):
         vision: Vision | None = None,
         system_prompt: str = "",
     ) -> io.NodeOutput:
+        if isinstance(prompt, str) and not prompt.strip():
+            raise RequestError(
+                "The prompt is empty; say what is wanted. As the sampler's negative, connect the `negative` "
+                "output of the positive's Lance Text Encode: it is the prompt left out, as in training."
+            )
         check_text("The prompt", prompt)
         key = _task_key(lance, target, vision)
         system = (

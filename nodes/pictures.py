@@ -13,13 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..lance_core.config import OUTPUT_FPS, Grid, latent_grid
+from ..lance_core.config import CELL, OUTPUT_FPS, Grid, latent_grid
 from ..lance_core.errors import MediaError, NumericsError, RequestError
 from ..lance_core.inputs import media, preprocess
+from ..lance_core.inputs.sizes import Size
+from ..lance_core.inputs.tasks import check_size
 from ..lance_core.model.memory import vit_bytes
 from ..lance_core.model.sequence import Kind, Role, Segment, VisualSegment
 from . import comfy_compat
-from .latents import check_vae, normalised
+from .latents import check_latent, check_vae, normalised
 from .sockets import EDIT, QUESTION, SUBJECT, Reader, Vision
 
 Clip = np.ndarray  # uint8 [frames, height, width, 3]
@@ -65,6 +67,21 @@ def check_request(reader: Reader, video: bool, role: str, earlier: Vision | None
             f"{reader.name} came without its vision tower: put the folder Qwen2.5-VL-ViT beside it and load "
             "it again."
         )
+
+
+def size_of(latent: dict[str, Any] | None, role: str) -> Size | None:
+    """(width, height) of a LATENT whose size an edit source is to have; None without one.
+
+    Raises:
+        RequestError: the LATENT is another model's or too large, or it is not for an edit.
+    """
+    if latent is None:
+        return None
+    if role != EDIT:
+        raise RequestError(f"size_from is for an edit source only, and the role is {role!r}: disconnect it.")
+    samples = latent["samples"]
+    check_latent(samples)
+    return check_size(samples.shape[-1] * CELL, samples.shape[-2] * CELL)
 
 
 def clips_of(images: Tensor | None, video: Any, role: str, mask: Tensor | None) -> list[Clip]:
@@ -134,18 +151,21 @@ def encode(
     role: str,
     resolution: str,
     earlier: Vision | None,
+    size: Size | None = None,
 ) -> tuple[Vision, Grid]:
     """Run the vision tower and, unless for a question, the VAE over the clips.
 
+    size: (width, height) of the clean latents in pixels, if not what the resolution gives a clip.
     Returns: what the model sees, and the latent grid that the last clip has at this resolution.
     """
     segments = list(earlier.segments) if earlier else []
     kind = {EDIT: Role.SOURCE, QUESTION: Role.QUESTION}.get(role, Role.SUBJECT)
     for clip in clips:
-        grid = latent_grid(*preprocess.vae_size(clip.shape[2], clip.shape[1], resolution), len(clip))
+        pixels = size or preprocess.vae_size(clip.shape[2], clip.shape[1], resolution)
+        grid = latent_grid(*pixels, len(clip))
         segments.append(embed(reader, clip, resolution, kind))
         if role != QUESTION:
-            segments.append(VisualSegment(Kind.CLEAN, kind, grid, latent_of(vae, clip, resolution)))
+            segments.append(VisualSegment(Kind.CLEAN, kind, grid, latent_of(vae, clip, pixels)))
     return Vision(role, tuple(segments), video, reader.name), grid
 
 
@@ -167,9 +187,9 @@ def embed(reader: Reader, clip: Clip, resolution: str, role: Role) -> Segment:
     return VisualSegment(Kind.VIT, role, (t, h // merge, w // merge), embeds.to(mm.intermediate_device()))
 
 
-def latent_of(vae: Any, clip: Clip, resolution: str) -> Tensor:
-    """Normalised latent, float32 [t, h, w, 48], of a clip brought to the preset's size, by any Wan2.2 VAE."""
-    latent = encode_frames(vae, preprocess.vae_frames(clip, resolution))
+def latent_of(vae: Any, clip: Clip, size: Size) -> Tensor:
+    """Normalised latent, float32 [t, h, w, 48], of a clip brought to (width, height), by any Wan2.2 VAE."""
+    latent = encode_frames(vae, preprocess.resize_frames(clip, size))
     return normalised(latent)[0].permute(1, 2, 3, 0).contiguous()
 
 

@@ -17,7 +17,7 @@ from ..lance_core.errors import CheckpointError
 from ..lance_core.vae.memory import decode_bytes, encode_bytes
 from ..lance_core.vae.wan import WanVAE
 from . import comfy_compat
-from .latents import check_finite
+from .latents import check_finite, check_latent
 from .patcher import fill, make_patcher
 
 
@@ -70,6 +70,26 @@ class LanceVAE(comfy.sd.VAE):
             len(checkpoint.parts["vae"].tensors),
         )
         self.size = self.patcher.size
+
+    def decode(self, samples_in: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """LATENT samples [b, 48, t, h, w] -> pixels [b, T, H, W, 3] in 0..1.
+
+        Raises:
+            RequestError: the latent is another model's.
+            NumericsError: it has NaN or infinity in it, which would decode to black.
+        """
+        return super().decode(_decodable(samples_in), *args, **kwargs)
+
+    def decode_tiled(self, samples: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As `decode`, a tile at a time."""
+        return super().decode_tiled(_decodable(samples), *args, **kwargs)
+
+
+def _decodable(samples: Tensor) -> Tensor:
+    """With a time axis, if it is of this VAE and finite; else see `LanceVAE.decode`."""
+    check_latent(samples)
+    check_finite(samples)
+    return samples.unsqueeze(2) if samples.ndim == 4 else samples
 
 
 def _five(shape: Any) -> tuple[int, ...]:

@@ -11,9 +11,7 @@ from collections.abc import Callable
 from workflow_layout import Graph, Node
 
 PICTURE = "example.png"  # in ComfyUI's input folder from the start
-# ComfyUI ships no clip. Until one is chosen it is what the text-to-video workflow makes first; frontends show
-# an output file that is not there yet without complaint, unlike a missing or empty choice.
-CLIP = "video/lance_text_to_video_00001_.mp4 [output]"
+CLIP = "lance_example.mp4"  # put there by the pack when ComfyUI starts
 IMAGE, VIDEO = "Lance_3B", "Lance_3B_Video"
 
 # Outputs by number: of Lance Loader, Lance Text Encode, Lance Vision Encode and the decoders.
@@ -35,9 +33,7 @@ MODELS = """
 """
 
 CHOOSE = (
-    "**Choose a clip** in *Load Video* (ComfyUI comes without one); until you do, it is the first one made "
-    "by the workflow "
-    "*lance_text_to_video*."
+    "**Choose a clip** in *Load Video*; the one that is there, a balloon over hills, comes with these nodes."
 )
 
 MAKERS: dict[str, Callable[[Graph], None]] = {}

@@ -51,6 +51,20 @@ TITLE, GAP, INNER, GROUP_GAP, GROUP_TOP = 30, 24, 40, 40, 54
 LEGIBLE = 0.62  # the scale below which frontends leave out the texts
 
 Link = tuple["Node", int]
+OPEN = object()  # stands for an input that a blueprint leaves to be connected from outside
+
+# What app mode shows (docs.comfy.org: App Mode), by kind of node: its widgets, and which nodes are results.
+APP_INPUTS = {
+    "LoadImage": ("image",),
+    "LoadVideo": ("file",),
+    "LanceTextEncode": ("prompt",),
+    "EmptyLanceLatent": ("size", "aspect", "frames"),
+    "LanceImageToVideoLatent": ("size", "frames"),
+    "LanceUnderstand": ("question",),
+    "LanceSampler": ("seed",),
+    "KSampler": ("seed",),
+}
+APP_OUTPUTS = ("SaveImage", "SaveVideo", "PreviewAny")
 
 
 def is_widget(spec: list) -> bool:
@@ -143,22 +157,22 @@ class Graph:
 
     def ui(self) -> dict[str, Any]:
         """What the browser opens and saves."""
-        groups = self._lay_out()
-        links = self._links()
+        groups = self.lay_out()
+        links = self.links()
         return {
             "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"comfyui-lance/{self.name}")),
             "revision": 0,
             "last_node_id": len(self.nodes),
             "last_link_id": len(links),
-            "nodes": [self._ui_node(node, links) for node in self.nodes],
+            "nodes": [ui_node(node, links, self.after_run) for node in self.nodes],
             "links": links,
             "groups": groups,
             "config": {},
-            "extra": {"ds": self._view(groups)},
+            "extra": {"ds": self._view(groups), "linearData": self._app()},
             "version": 0.4,
         }
 
-    def _lay_out(self) -> list[dict[str, Any]]:
+    def lay_out(self) -> list[dict[str, Any]]:
         """Give every node its place; returns the groups, all of one height."""
         groups, x, bottom = [], 0, 0
         for number, (title, columns, width) in enumerate(self.groups, 1):
@@ -191,6 +205,19 @@ class Graph:
             group["flags"] = {}
         return groups
 
+    def _app(self) -> dict[str, Any]:
+        """What app mode shows of it: the inputs that people change, and the results. Frontends without app
+        mode ignore it; the workflow opens as a graph in all.
+        """
+        video = any(node.kind == "SaveVideo" for node in self.nodes)
+        inputs = [
+            [node.id, name]
+            for node in self.nodes
+            for name in APP_INPUTS.get(node.kind, ())
+            if name != "frames" or video
+        ]
+        return {"inputs": inputs, "outputs": [n.id for n in self.nodes if n.kind in APP_OUTPUTS]}
+
     @staticmethod
     def _view(groups: list[dict[str, Any]]) -> dict[str, Any]:
         """Scale and offset that show all of it in a window of 1600 by 900, or its left part where texts would
@@ -201,13 +228,13 @@ class Graph:
         scale = round(max(LEGIBLE, min(0.9, 1430 / width, 700 / height)), 3)
         return {"scale": scale, "offset": [round(80 / scale), round(100 / scale)]}
 
-    def _links(self) -> list[list]:
+    def links(self) -> list[list]:
         """[id, from node, from output, to node, to input, type]; inputs are counted widgets included, as
         frontends since 1.16 do.
         """
         links: list[list] = []
         for node in self.nodes:
-            for slot, (name, _, _) in enumerate(_slots(node)):
+            for slot, (name, _, _) in enumerate(slots(node)):
                 value = node.inputs.get(name)
                 if isinstance(value, tuple):
                     origin, index = value
@@ -223,35 +250,35 @@ class Graph:
                     )
         return links
 
-    def _ui_node(self, node: Node, links: list[list]) -> dict[str, Any]:
-        note = node.kind == NOTE
-        ui: dict[str, Any] = {
-            "id": node.id,
-            "type": node.kind,
-            "pos": list(node.pos),
-            "size": list(node.size),
-        }
-        ui |= {"flags": {}, "order": node.id - 1, "mode": 0}
-        ui["inputs"] = (
-            [] if note else [_input(node, slot, spec, links) for slot, spec in enumerate(_slots(node))]
-        )
-        ui["outputs"] = (
-            []
-            if note
-            else [_output(node, slot, spec, links) for slot, spec in enumerate(SCHEMAS[node.kind]["outputs"])]
-        )
-        if note or node.title != SCHEMAS[node.kind]["title"]:  # a title that is saved is not translated
-            ui["title"] = node.title
-        ui["properties"] = (
-            {}
-            if note
-            else {"cnr_id": PACK_ID if "Lance" in node.kind else STOCK_ID, "Node name for S&R": node.kind}
-        )
-        ui["widgets_values"] = list(node.inputs.values()) if note else _widget_values(node, self.after_run)
-        return ui | (NOTE_COLORS if note else {})
+
+def ui_node(node: Node, links: list[list], after_run: str) -> dict[str, Any]:
+    """One node of the UI form; after_run: what seeds do."""
+    note = node.kind == NOTE
+    ui: dict[str, Any] = {
+        "id": node.id,
+        "type": node.kind,
+        "pos": list(node.pos),
+        "size": list(node.size),
+    }
+    ui |= {"flags": {}, "order": node.id - 1, "mode": 0}
+    ui["inputs"] = [] if note else [_input(node, slot, spec, links) for slot, spec in enumerate(slots(node))]
+    ui["outputs"] = (
+        []
+        if note
+        else [_output(node, slot, spec, links) for slot, spec in enumerate(SCHEMAS[node.kind]["outputs"])]
+    )
+    if note or node.title != SCHEMAS[node.kind]["title"]:  # a title that is saved is not translated
+        ui["title"] = node.title
+    ui["properties"] = (
+        {}
+        if note
+        else {"cnr_id": PACK_ID if "Lance" in node.kind else STOCK_ID, "Node name for S&R": node.kind}
+    )
+    ui["widgets_values"] = list(node.inputs.values()) if note else _widget_values(node, after_run)
+    return ui | (NOTE_COLORS if note else {})
 
 
-def _slots(node: Node) -> list[list]:
+def slots(node: Node) -> list[list]:
     """Inputs in the order of the frontend's slots: what is connected first, then what is set."""
     if node.kind == NOTE:
         return []

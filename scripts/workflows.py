@@ -1,7 +1,7 @@
-"""The files in workflows/: written from workflow_graphs.py, never by hand.
+"""The files in workflows/ and subgraphs/: written from workflow_graphs.py and blueprints.py, never by hand.
 
-python scripts/workflows.py write         workflows/*.json (for the browser) and workflows/api/*.json
-                                          (for /prompt)
+python scripts/workflows.py write         workflows/*.json (for the browser), workflows/api/*.json
+                                          (for /prompt) and subgraphs/*.json (blueprints)
 python scripts/workflows.py check         exit 1 and a line for each file that `write` would change
 python scripts/workflows.py nodes         take the node descriptions anew from a ComfyUI (comfyui.py
                                           finds it)
@@ -18,11 +18,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import blueprints
 import workflow_layout
 from workflow_graphs import MAKERS, build
 
 ROOT = Path(__file__).absolute().parents[1]
 FOLDER = ROOT / "workflows"
+BLUEPRINTS = ROOT / "subgraphs"
+CLIP = FOLDER / "lance_example.mp4"  # drawn by example_clip.py
 NODES = Path(__file__).with_name("workflow_nodes.json")
 
 NAMES = list(MAKERS)
@@ -39,6 +42,8 @@ def files() -> Iterator[tuple[Path, str]]:
         made = graph(name)
         yield FOLDER / f"{name}.json", _text(made.ui())
         yield FOLDER / "api" / f"{name}.json", _text(made.api())
+    for title, make in blueprints.MAKERS.items():
+        yield BLUEPRINTS / f"{title}.json", _text(make().file())
 
 
 def _text(content: Any) -> str:
@@ -60,7 +65,8 @@ def check() -> int:
         for path, text in wanted.items()
         if not path.is_file() or path.read_text(encoding="utf-8") != text
     ]
-    wrong += [path for path in [*FOLDER.glob("*.json"), *FOLDER.glob("api/*.json")] if path not in wanted]
+    there = [*FOLDER.glob("*.json"), *FOLDER.glob("api/*.json"), *BLUEPRINTS.glob("*.json")]
+    wrong += [path for path in there if path not in wanted]
     for path in wrong:
         print(
             f"{path.relative_to(ROOT)} is not what scripts/workflows.py makes: run `python "

@@ -15,6 +15,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "workflows"
+BLUEPRINTS = ROOT / "subgraphs"
+SCHEMAS = json.loads((ROOT / "scripts" / "workflow_nodes.json").read_text(encoding="utf-8"))
 NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
 TASKS = {
     "lance_text_to_image": "Lance_3B",
@@ -56,10 +58,10 @@ def test_files_are_what_the_script_writes():
 
 def test_an_edit_by_hand_is_noticed(tmp_path):
     (tmp_path / "scripts").mkdir()
-    for path in (ROOT / "scripts").glob("workflow*"):
+    for path in [*(ROOT / "scripts").glob("workflow*"), ROOT / "scripts" / "blueprints.py"]:
         if path.is_file():
             (tmp_path / "scripts" / path.name).write_bytes(path.read_bytes())
-    for path in FOLDER.rglob("*.json"):
+    for path in [*FOLDER.rglob("*.json"), *BLUEPRINTS.glob("*.json")]:
         copy = tmp_path / path.relative_to(ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes(path.read_bytes())
@@ -68,11 +70,11 @@ def test_an_edit_by_hand_is_noticed(tmp_path):
     edited.write_text(edited.read_text(encoding="utf-8").replace("polka dots", "stripes"), encoding="utf-8")
     (tmp_path / "workflows" / "api" / "lance_text_to_image.json").unlink()
     (tmp_path / "workflows" / "stray.json").write_text("{}")
+    (tmp_path / "subgraphs" / "Old (Lance).json").write_text("{}")
     done = run_script(tmp_path)
     assert done.returncode == 1
-    assert [
-        name in done.stderr for name in ("lance_image_edit.json", "lance_text_to_image.json", "stray.json")
-    ] == [True] * 3
+    named = ("lance_image_edit.json", "lance_text_to_image.json", "stray.json", "Old (Lance).json")
+    assert [name in done.stderr for name in named] == [True] * 4
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -85,6 +87,19 @@ def test_thumbnail(name):
         at += 2 + struct.unpack(">H", data[at + 2 : at + 4])[0]
     height, width = struct.unpack(">HH", data[at + 5 : at + 9])
     assert min(width, height) >= 400
+
+
+def test_the_clip_of_the_video_workflows():
+    """Small, as long as a video of Lance's, and named by every workflow that loads one."""
+    from lance_core.inputs import media
+
+    file = FOLDER / "lance_example.mp4"
+    assert file.stat().st_size < 100_000
+    frames = media.read_clip(file)[0]
+    assert len(frames) % 4 == 1 and len(frames) == 37
+    assert (frames[0] != frames[-1]).any()
+    loaded = [n["inputs"]["file"] for w in NAMES for n in api(w).values() if n["class_type"] == "LoadVideo"]
+    assert loaded == [file.name] * 2
 
 
 def test_no_other_thumbnails():
@@ -193,3 +208,97 @@ def test_stock_variant_uses_stock_nodes():
     kinds = {node["class_type"] for node in api("lance_stock_sampler").values()}
     assert {"KSampler", "ModelSamplingSD3", "VAEDecode"} <= kinds
     assert not {"LanceSampler", "LanceVAEDecode"} & kinds
+
+
+# -- app mode ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_app_mode_shows_what_people_change(name):
+    """Widgets that the nodes have, the prompt or question among them, and every node that shows a result."""
+    graph = ui(name)
+    nodes, shown = {node["id"]: node for node in graph["nodes"]}, graph["extra"]["linearData"]
+    for number, widget in shown["inputs"]:
+        spec = next(s for s in SCHEMAS[nodes[number]["type"]]["inputs"] if s[0] == widget)
+        assert spec[1] in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+    assert {"prompt", "question"} & {widget for _, widget in shown["inputs"]}
+    results = [n["id"] for n in graph["nodes"] if n["type"] in ("SaveImage", "SaveVideo", "PreviewAny")]
+    assert shown["outputs"] == results and results
+    assert "linearMode" not in graph["extra"], "templates open as graphs"
+
+
+# -- blueprints ----------------------------------------------------------------------------------------------
+
+TITLES = ["Ask (Lance)", "Edit (Lance)", "Image to video (Lance)", "Text to image (Lance)"]
+
+
+def blueprint(title: str) -> tuple[dict, dict]:
+    """The one node of the file, and the subgraph in it."""
+    content = json.loads((BLUEPRINTS / f"{title}.json").read_text(encoding="utf-8"))
+    (node,), (inside,) = content["nodes"], content["definitions"]["subgraphs"]
+    return node, inside
+
+
+def test_the_blueprints_there_are():
+    assert sorted(path.stem for path in BLUEPRINTS.glob("*")) == TITLES
+    ids = [inside["id"] for _, inside in map(blueprint, TITLES)]
+    assert len(set(ids)) == len(ids)
+
+
+@pytest.mark.parametrize("title", TITLES)
+def test_blueprint_nodes_are_as_their_schemas_say(title):
+    _, inside = blueprint(title)
+    for node in inside["nodes"]:
+        schema = SCHEMAS[node["type"]]
+        specs = {name: (kind, details) for name, kind, details in schema["inputs"]}
+        assert {i["name"]: i["type"] for i in node["inputs"]} == {n: k for n, (k, _) in specs.items()}
+        assert [[o["name"], o["type"]] for o in node["outputs"]] == schema["outputs"]
+        widgets = [n for n, (kind, _) in specs.items() if kind in ("INT", "FLOAT", "STRING", "COMBO")]
+        extra = sum(bool(details.get("control")) for _, details in specs.values())
+        assert len(node["widgets_values"]) == len(widgets) + extra
+        for put in node["inputs"]:
+            kind, details = specs[put["name"]]
+            needed = not details.get("optional") and put["name"] not in widgets
+            assert not needed or put["link"] is not None, f"{node['type']} lacks {put['name']}"
+
+
+@pytest.mark.parametrize("title", TITLES)
+def test_blueprint_links_are_sound(title):
+    """Each is at both of its ends, and of one type there; none is left over, and no input is open."""
+    outer, inside = blueprint(title)
+    nodes = {node["id"]: node for node in inside["nodes"]}
+    seen = []
+    for link in inside["links"]:
+        number, kind = link["id"], link["type"]
+        seen.append(number)
+        if link["origin_id"] == -10:
+            origin = inside["inputs"][link["origin_slot"]]
+            assert number in origin["linkIds"]
+        else:
+            origin = nodes[link["origin_id"]]["outputs"][link["origin_slot"]]
+            assert number in origin["links"]
+        if link["target_id"] == -20:
+            target = inside["outputs"][link["target_slot"]]
+            assert target["linkIds"] == [number]
+        else:
+            target = nodes[link["target_id"]]["inputs"][link["target_slot"]]
+            assert target["link"] == number
+        assert origin["type"] == kind == target["type"]
+    assert sorted(seen) == list(range(1, len(seen) + 1))
+    assert all(end["linkIds"] for end in (*inside["inputs"], *inside["outputs"]))
+    for side in ("inputs", "outputs"):
+        assert [(s["name"], s["type"]) for s in outer[side]] == [(s["name"], s["type"]) for s in inside[side]]
+
+
+@pytest.mark.parametrize("title", TITLES)
+def test_blueprint_node_shows_its_widgets(title):
+    outer, inside = blueprint(title)
+    assert outer["type"] == inside["id"] and outer["title"] == inside["name"] == title
+    nodes = {str(node["id"]): node for node in inside["nodes"]}
+    shown = outer["properties"]["proxyWidgets"]
+    for number, name in shown:
+        assert name == "control_after_generate" or name in [i["name"] for i in nodes[number]["inputs"]]
+    widgets = [put["name"] for put in outer["inputs"] if "widget" in put]
+    assert [name for _, name in shown if name != "control_after_generate"] == widgets
+    assert {"prompt", "question"} & set(widgets) and "checkpoint" in widgets
+    assert inside["description"] and "/" in inside["category"]

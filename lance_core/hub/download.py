@@ -25,6 +25,7 @@ from typing import Any
 from .job import Job
 from .record import RECORD as RECORD
 from .record import missing
+from .released import MIRROR_HINT as MIRROR_HINT
 from .released import RELEASED, DownloadError, label
 from .released import REPO as REPO
 from .released import REVISION as REVISION

@@ -15,7 +15,7 @@ from . import released
 from . import watch as watching
 from .http import BadRedirect, Client, PartFile, Transient, WrongFile
 from .record import Expected, expected, is_commit, read_record, save_record
-from .released import RELEASED, REPO, REVISION, DownloadError, ours
+from .released import MIRROR_HINT, RELEASED, REPO, REVISION, DownloadError, ours
 from .watch import Watch
 
 MARGIN = 1 << 30  # bytes to leave free on the disk
@@ -178,7 +178,7 @@ class Job:
                 self.fail("mismatch", f"{self.endpoint} does not answer as a hub does: {error}.")
             except Transient as error:
                 if failures == 2:
-                    self.fail("network", f"{self.endpoint} cannot be reached ({error}).")
+                    self.fail("network", f"{self.endpoint} cannot be reached; {MIRROR_HINT} ({error}).")
                 self.watch.sleep(BACKOFF * 2**failures)
         try:
             if not is_commit(told["sha"]):  # type: ignore[index]

@@ -7,6 +7,7 @@ import re
 from ..errors import LanceError
 
 REPO = "bytedance-research/Lance"
+MIRROR_HINT = "a mirror is HF_ENDPOINT=https://hf-mirror.com"
 # of 2026-05-28; LANCE_REVISION in the environment goes before it
 REVISION = "7395315758865e6f56ab87ad06a88c7ac172f056"
 # of large files at REVISION, as several public lists have them; the ViT's is in one only and left to the hub

@@ -402,3 +402,91 @@ def test_chinese_is_shown(chinese, tmp_path):
         name: entry["name"] for name, entry in labels["inputs"].items()
     }
     assert line(page, node) == ["768 × 768 · 1 张图像", "2,304 个 token · ≈ 13 GB（bf16）"]
+
+
+# -- blueprints and app mode ---------------------------------------------------------------------------------
+
+BLUEPRINTS = sorted((PACK / "subgraphs").glob("*.json"))
+SMALL = {"size": "custom", "width": 64, "height": 64, "steps": 1, "max_new_tokens": 4, "frames": 5}
+SMALL |= {"prompt": "a red fox", "resolution": "image_256res"}
+# A picture into the blueprint's first input where it takes one, and what comes out into a node that shows it.
+_AROUND = """([photo, shown]) => {
+  const node = app.graph.nodes[0];
+  if (node.inputs.some(input => input.type === 'IMAGE')) {
+    const load = LiteGraph.createNode('LoadImage');
+    app.graph.add(load);
+    load.widgets.find(widget => widget.name === 'image').value = photo;
+    load.connect(0, node, node.inputs.findIndex(input => input.type === 'IMAGE'));
+  }
+  const show = LiteGraph.createNode(shown);
+  app.graph.add(show);
+  node.connect(0, show, 0);
+  return node.id;
+}"""
+
+
+def takes_blueprints(server) -> bool:
+    """Whether this ComfyUI lists them; 0.3.64 does not."""
+    import requests
+
+    reply = requests.get(f"{server.url}/global_subgraphs", timeout=30)
+    listed = reply.json() if reply.status_code == 200 else {}
+    ours = {one["name"] for one in listed.values() if one["info"]["node_pack"].endswith("ComfyUI-Lance")}
+    assert reply.status_code == 404 or ours == {path.stem for path in BLUEPRINTS}
+    return bool(listed)
+
+
+def test_blueprints_are_found_by_search(page, server):
+    if not takes_blueprints(server):
+        pytest.skip("this ComfyUI has no blueprints of packs")
+    page.page.evaluate("() => app.graph.clear()")
+    page.page.evaluate("() => app.extensionManager.command.execute('Workspace.SearchBox.Toggle')")
+    page.page.wait_for_timeout(800)
+    page.page.keyboard.type("Text to image (Lance)", delay=20)
+    page.page.wait_for_timeout(1500)
+    page.page.keyboard.press("Enter")
+    page.page.wait_for_timeout(1000)
+    page.page.mouse.click(700, 500)  # newer frontends put it where one clicks
+    settled(page, "() => app.graph.nodes.length === 1")
+    assert [node["class_type"] for node in page.prompt().values()][-1] == "LanceVAEDecode"
+    assert len(page.prompt()) == 5
+
+
+@pytest.mark.parametrize("path", BLUEPRINTS, ids=lambda path: path.stem)
+def test_a_blueprint_opens_and_runs(page, path):
+    """Its inputs are the inner nodes', and what comes out is a picture, a video or an answer."""
+    page.load_graph(path, path.stem)
+    assert page.missing_nodes() == [] and page.nodes_with_errors() == []
+    shown = {"Ask": "PreviewAny", "Image to video": "SaveVideo"}.get(path.stem.removesuffix(" (Lance)"))
+    number = page.page.evaluate(_AROUND, [PHOTO.name, shown or "PreviewImage"])
+    for name, new in SMALL.items():
+        if name in page.widgets(number):
+            page.set_widget(number, name, new)
+    sent = {node["class_type"]: node["inputs"] for node in page.prompt().values()}
+    for inputs_sent in sent.values():
+        for name in inputs_sent.keys() & SMALL.keys() & page.widgets(number).keys():
+            assert inputs_sent[name] == SMALL[name], name
+    said = page.run()
+    done = [message["detail"]["output"] for message in said if message["type"] == "executed"]
+    assert any(out.get("images") or out.get("text") for out in done)
+
+
+def test_app_mode_shows_the_prompt(browser, newer, tmp_path):
+    """The newest frontend finds every widget and result that the workflow names for it."""
+    with browser.open(newer) as opened:
+        warned = []
+        opened.page.on(
+            "console", lambda said: warned.append(said.text) if "app config" in said.text else None
+        )
+        opened.load_graph(PACK / "workflows" / "lance_text_to_image.json", "app")
+        opened.page.evaluate("() => app.extensionManager.command.execute('Comfy.ToggleLinear')")
+        opened.page.wait_for_timeout(2000)
+        opened.page.screenshot(path=str(tmp_path / "app.png"))
+        texts = opened.page.evaluate(
+            "() => [...document.querySelectorAll('textarea')].filter(area => area.checkVisibility())"
+            ".map(area => area.value)"
+        )
+        assert any("ginger cat" in text for text in texts)
+        kept = opened.page.evaluate("() => app.graph.extra.linearData")
+        assert [name for _, name, *_ in kept["inputs"]] == ["prompt", "size", "aspect", "seed"]
+        assert len(kept["outputs"]) == 1 and warned == []

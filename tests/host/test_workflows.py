@@ -205,12 +205,19 @@ def test_through_http(name, server, client, host):
     check_outputs(name, run.outputs, server, host)
 
 
-def test_clip_of_the_video_workflows_is_what_text_to_video_makes(server, client, host):
-    client.run(made_small("lance_text_to_video", 5))
-    graph = made_small("lance_video_question", 5)
+@pytest.mark.parametrize("name", ["lance_video_edit", "lance_video_question"])
+def test_the_example_clip_is_there_from_the_start(name, server, client, host):
+    """The video workflows run as they come: the pack has put their clip into the input folder."""
+    assert (server.input / "lance_example.mp4").read_bytes() == script.CLIP.read_bytes()
+    graph = made_small(name, 5)
     (loader,) = [key for key, node in graph.items() if node["class_type"] == "LoadVideo"]
-    graph[loader] = api("lance_video_question")[loader]
-    check_outputs("lance_video_question", client.run(graph).outputs, server, host)
+    graph[loader] = api(name)[loader]
+    assert graph[loader]["inputs"]["file"] == "lance_example.mp4"
+    run = client.run(graph)
+    if name == "lance_video_question":
+        check_outputs(name, run.outputs, server, host)
+    else:
+        assert len(run.outputs) == 1
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -276,19 +283,6 @@ def test_in_the_browser(page, name, screenshots, host):
     page.screenshot(screenshots / f"{name}-{page.frontend}-run.png")
     assert page.nodes_with_errors() == []
     assert page.complaints[heard:] == []
-
-
-def test_a_clip_that_is_not_there_yet_is_not_red(page, host):
-    """On a fresh installation nothing has been made that the video workflows could start from."""
-    marked = (
-        page.frontend == "pinned" and host.source != "cache"
-    )  # some frontends in between (1.47) mark what is not there yet
-    content = (script.FOLDER / "lance_video_edit.json").read_text(encoding="utf-8")
-    assert "_00001_.mp4 [output]" in content
-    page.load_graph(json.loads(content.replace("_00001_.mp4 [output]", "_09999_.mp4 [output]")), "fresh")
-    page.page.wait_for_timeout(1500)
-    assert set(page.nodes_with_errors()) <= ({"LoadVideo"} if marked else set())
-    assert marked or page.page.get_by_text("Media input missing").count() == 0
 
 
 def test_dropped_file_opens(page):

@@ -260,6 +260,7 @@ def test_no_checkpoint_at_all(comfy, monkeypatch, tmp_path):
         "No Lance checkpoint found" in said
         and str(tmp_path) in said
         and "huggingface.co/bytedance-research/Lance" in said
+        and "HF_ENDPOINT=https://hf-mirror.com" in said
     )
 
 
@@ -438,28 +439,84 @@ def test_pictures_that_are_none(pictures, kind, words):
     assert caught.value.data["exception_type"].startswith("lance_core.")
 
 
-def test_nan_is_told_and_what_is_at_fault(comfy, monkeypatch):
-    """A LoRA with NaN in it: Lance Sampler names it; after KSampler the decoder refuses to make a black
-    picture.
-    """
+@pytest.fixture
+def hurt(comfy, monkeypatch):
+    """TestForeign's MODEL is Lance with a LoRA that has NaN in it."""
     import torch
 
-    model = comfy.value(t2i(), "loader")
+    model = comfy.value(t2i(), "loader").clone()
     key = "diffusion_model.layers.1.mlp.down_proj.weight"
-    hurt = model.clone()
     shape = model.model.state_dict()[key].shape
-    assert hurt.add_patches({key: ("diff", (torch.full(shape, float("nan")),))}, 1.0)
-    monkeypatch.setattr(comfy.nodes["TestForeign"], "make", lambda self: (hurt, None, None, None, None))
-    bad = with_foreign(lance(t2i()), {"sampler.model": 0})
-    with pytest.raises(
-        NodeFailedError, match="a LoRA on diffusion_model.layers.1.mlp.down_proj.weight has NaN"
-    ):
-        comfy.value(bad, "sampler")
-    stock = with_foreign(ksampler(t2i()), {"sampler.model": 0})
-    for decoder in ("LanceVAEDecode", "VAEDecode"):
-        graph = {**stock, "decoded": node(decoder, vae=["loader", 2], samples=["sampler", 0])}
-        with pytest.raises(NodeFailedError, match="latent has NaN or infinity.*decode to black"):
-            comfy.value(graph, "decoded")
+    assert model.add_patches({key: ("diff", (torch.full(shape, float("nan")),))}, 1.0)
+    comfy.nodes["TestForeign"] = TestForeign
+    monkeypatch.setattr(TestForeign, "make", lambda self: (model, None, None, None, None))
+
+
+@pytest.mark.parametrize("sampler", [lance, ksampler])
+def test_nan_is_told_and_what_is_at_fault(comfy, hurt, sampler):
+    """Any sampler names the LoRA, so that no node after it makes a black picture."""
+    bad = with_foreign(sampler(t2i()), {"sampler.model": 0})
+    for decoder in (None, "LanceVAEDecode", "VAEDecode"):
+        if decoder:
+            bad["decoded"] = node(decoder, vae=["loader", 2], samples=["sampler", 0])
+        with pytest.raises(
+            NodeFailedError, match="a LoRA on diffusion_model.layers.1.mlp.down_proj.weight has NaN"
+        ):
+            comfy.value(bad, "decoded" if decoder else "sampler")
+
+
+class TestLatent:
+    """A LATENT of a given shape, filled with a value."""
+
+    RETURN_TYPES = ("LATENT",)
+    FUNCTION = "make"
+    CATEGORY = "testing"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"shape": ("STRING", {}), "value": ("FLOAT", {})}}
+
+    def make(self, shape, value):
+        import torch
+
+        return ({"samples": torch.full(tuple(map(int, shape.split(","))), value)},)
+
+
+TILED = {"tile_size": 64, "overlap": 16, "temporal_size": 64, "temporal_overlap": 8}
+DECODERS = {"LanceVAEDecode": {}, "VAEDecode": {}, "VAEDecodeTiled": TILED}
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize(
+    ("shape", "value", "words"),
+    [
+        ("1,48,1,4,4", float("nan"), "latent has NaN or infinity.*decode to black"),
+        ("1,48,1,8,8", float("inf"), "latent has NaN or infinity"),
+        ("1,4,8,8", 1.0, r"shape \[1, 4, 8, 8\].*48 channels.*sampler that ran Lance"),
+        ("1,16,3,8,8", 1.0, "48 channels.*sampler that ran Lance"),
+        ("1,128,8,8", 0.0, "48 channels"),
+        ("1,64,100", 0.0, r"shape \[1, 64, 100\]"),
+    ],
+)
+def test_what_cannot_be_decoded(comfy, decoder, shape, value, words):
+    comfy.nodes["TestLatent"] = TestLatent
+    graph = {**t2i(), "other": node("TestLatent", shape=shape, value=value)}
+    graph["decoded"] = node(decoder, vae=["loader", 2], samples=["other", 0], **DECODERS[decoder])
+    with pytest.raises(NodeFailedError, match=words) as caught:
+        comfy.value(graph, "decoded")
+    assert caught.value.data["exception_type"].startswith("lance_core."), caught.value
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_a_latent_without_frames_is_a_picture(comfy, decoder):
+    """48 channels and no time axis, as image nodes may leave it."""
+    comfy.nodes["TestLatent"] = TestLatent
+    graph = {**t2i(), "four": node("TestLatent", shape="1,48,4,4", value=0.5)}
+    graph["five"] = node("TestLatent", shape="1,48,1,4,4", value=0.5)
+    graph["flat"] = node(decoder, vae=["loader", 2], samples=["four", 0], **DECODERS[decoder])
+    graph["whole"] = node(decoder, vae=["loader", 2], samples=["five", 0], **DECODERS[decoder])
+    flat, whole = comfy.run(graph, [("flat", 0), ("whole", 0)]).values
+    assert flat.reshape(whole.shape[-3:]).equal(whole.reshape(whole.shape[-3:]))
 
 
 def test_the_loader_runs_again_when_a_missing_part_is_put_there(comfy, tmp_path, monkeypatch):

@@ -310,23 +310,6 @@ def test_timestep_ranges_hand_over(comfy):
     assert away(found, samples(comfy, by_hand, "second")) < 1e-4
 
 
-def test_areas(comfy):
-    # Stock nodes count eight pixels a cell, as for other models: 128 of them are all of this latent's 16
-    # columns.
-    graph = t2i(width=256, height=128)
-    graph["left"] = node(
-        "ConditioningSetArea", conditioning=POSITIVE, width=128, height=64, x=0, y=0, strength=1.0
-    )
-    plain = samples(comfy, lance(graph, cfg=1.0))
-    assert away(samples(comfy, lance(graph, positive=["left", 0], cfg=1.0)), plain) < 1e-5
-    graph["left"]["inputs"]["width"] = 64
-    half = samples(comfy, lance(graph, positive=["left", 0], steps=1))
-    assert bool(torch.isfinite(half).all())
-    assert float(half[..., 8:].abs().max()) < float(
-        half[..., :8].abs().max()
-    )  # nothing was asked for on the right
-
-
 # -- VAE -----------------------------------------------------------------------------------------------------
 
 
