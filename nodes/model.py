@@ -29,7 +29,7 @@ from .contexts import CleanCond, CleanPart, ContextShape, Place, Rows, RowsCond,
 from .last_call import LastCall
 from .latents import check_latent
 from .layer_patches import LayerPatches, PatchedLayers
-from .other_models import Structure, explain, warn
+from .other_models import Structure, explain, warn_apart, warn_not_retained, warn_unused
 from .patcher import NO_WEIGHT, UND, UND_PREFIX, ExpertRouting, Places
 from .windows import Window
 
@@ -121,6 +121,7 @@ class LanceModel(comfy.model_base.BaseModel):
         self.store = Store()
         self.last_call = LastCall()
         self.unused = ""  # what a node has put on the model in vain, in this run
+        self.warned: set[str] = set()
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -190,10 +191,11 @@ class LanceModel(comfy.model_base.BaseModel):
         patches = LayerPatches.of(options, self.llm.num_layers)
         call = self.last_call.of(options, x, t, place, (weights, patches.effect))
         if patches.unused:
-            warn(self, patches)
+            warn_unused(self, patches)
             known = self.last_call.known(call)
             if known is not None:
                 return known
+        warn_apart(self, patches, options)
         # Contexts are computed here, outside of what may be compiled or cached.
         kwargs["lance"] = kwargs["lance"].rows(self.experts(x.device, options), self, place, weights)
         out = self._denoised(x, t, window, control=control, transformer_options=options, **kwargs)
@@ -205,6 +207,8 @@ class LanceModel(comfy.model_base.BaseModel):
     ) -> Tensor:
         if lance_clean is None:
             return super()._apply_model(x, t, **kwargs)
+        if lance_clean.retained:
+            warn_not_retained(self, window)
         clean, latent = lance_clean.at(x, window)
         shown = torch.where(clean[:, None, :, None, None], latent, x)
         # Guidance takes the velocity to be (x - denoised) / sigma, and its norm is over all frames, clean

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from ..lance_core.errors import RequestError
 from .layer_patches import LayerPatches
+from .windows import Window
 
 
 class Structure(dict):
@@ -19,13 +21,42 @@ class Structure(dict):
         )
 
 
-def warn(model: Any, patches: LayerPatches) -> None:
-    """Say once a sampling run what nothing in the model looks at."""
+def warn_once(model: Any, text: str) -> None:
+    """Once a sampling run."""
+    if text not in model.warned:
+        model.warned.add(text)
+        logging.warning(text)
+
+
+def warn_unused(model: Any, patches: LayerPatches) -> None:
+    """Say what nothing in the model looks at."""
     if not model.unused:
         model.unused = patches.unused_text()
-        logging.warning(
+        warn_once(
+            model,
             "Lance has no layers for what a node has put on the model, so it does nothing: "
-            f"{model.unused}. Such nodes are made for UNets or for models of other layers."
+            f"{model.unused}. Such nodes are made for UNets or for models of other layers.",
+        )
+
+
+def warn_apart(model: Any, patches: LayerPatches, options: Mapping[str, Any]) -> None:
+    """Say that Normalized Attention Guidance, which compares rows of one call, has none to compare."""
+    names = [str(getattr(f, "__qualname__", "")).lower() for f in patches.attended]
+    if any("nag" in name for name in names) and len(set(options.get("cond_or_uncond") or ())) == 1:
+        warn_once(
+            model,
+            "Normalized Attention Guidance does nothing in this run: it compares positive and negative, and "
+            "they do not run in one batch here, for want of memory or because they are on different GPUs.",
+        )
+
+
+def warn_not_retained(model: Any, window: Window | None) -> None:
+    """Say that a window has no place for a first frame that it is to begin with."""
+    if window is not None and not window.anchored and window.indices[0] != 0:
+        warn_once(
+            model,
+            "The first frame is not retained in the context windows that it is not in: there is only room "
+            "for it in front of them, so turn causal_window_fix on.",
         )
 
 
@@ -33,7 +64,7 @@ def explain(executor: Any, *args: Any, **kwargs: Any) -> Any:
     """OUTER_SAMPLE wrapper: a node that fails because its patches were never called is named."""
     main = executor.class_obj.model_patcher
     for one in (main, *main.additional_models.get("multigpu", [])):
-        one.model.unused = ""
+        one.model.unused, one.model.warned = "", set()
     try:
         return executor(*args, **kwargs)
     except (AttributeError, IndexError, KeyError, TypeError) as error:
