@@ -4,7 +4,6 @@ understanding expert beside it as an additional model. Thin: the mathematics is 
 
 from __future__ import annotations
 
-import logging
 import math
 from functools import partial
 from typing import Any
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from ..lance_core.checkpoint.quantize import Format, swap
 from ..lance_core.config import LATENT_CHANNELS, RELEASED_SAMPLING, LLMConfig
-from ..lance_core.errors import NumericsError, RequestError
+from ..lance_core.errors import NumericsError
 from ..lance_core.model.dual_expert import DualExpert, Generation
 from ..lance_core.model.joined import joined_rows
 from ..lance_core.model.memory import DenoisingMemory
@@ -32,20 +31,11 @@ from .experts import ExpertRouting
 from .last_call import LastCall
 from .latents import check_latent
 from .layer_patches import LayerPatches, PatchedLayers
+from .other_models import Structure, explain, warn_apart, warn_not_retained, warn_unused
 from .patcher import blame
 from .places import NO_WEIGHT, UND, UND_PREFIX, Places
 from .review import review
 from .windows import Window
-
-
-class Structure(dict):
-    """What ComfyUI calls a unet_config. Nodes that look up what only UNets have are told so."""
-
-    def __missing__(self, name: str) -> Any:
-        raise RequestError(
-            f"A node asks for the model's {name!r}, which only UNets have (FreeU and its like change their "
-            "blocks); Lance is a transformer. Take the node out."
-        )
 
 
 class LanceFamily(comfy.supported_models_base.BASE):
@@ -135,6 +125,7 @@ class LanceModel(comfy.model_base.BaseModel):
         self.store = Store()
         self.last_call = LastCall()
         self.unused = ""  # what a node has put on the model in vain, in this run
+        self.warned: set[str] = set()
         self.companion: Any = None  # the understanding expert's weights, for clones that share none
         self.told: dict[str, Any] = {}  # what a file of it has to say of itself
         self.loaded_by: Any = None  # reference to the patcher that loaded it last
@@ -209,10 +200,11 @@ class LanceModel(comfy.model_base.BaseModel):
         patches = LayerPatches.of(options, self.llm.num_layers)
         call = self.last_call.of(options, x, t, place, (weights, patches.effect))
         if patches.unused:
-            self._warn(patches)
+            warn_unused(self, patches)
             known = self.last_call.known(call)
             if known is not None:
                 return known
+        warn_apart(self, patches, options)
         # Contexts are computed here, outside of what may be compiled or cached.
         kwargs["lance"] = kwargs["lance"].rows(self.experts(x.device, options), self, place, weights)
         out = self._denoised(x, t, window, control=control, transformer_options=options, **kwargs)
@@ -224,20 +216,13 @@ class LanceModel(comfy.model_base.BaseModel):
     ) -> Tensor:
         if lance_clean is None:
             return super()._apply_model(x, t, **kwargs)
+        if lance_clean.retained:
+            warn_not_retained(self, window)
         clean, latent = lance_clean.at(x, window)
         shown = torch.where(clean[:, None, :, None, None], latent, x)
         # Guidance takes the velocity to be (x - denoised) / sigma, and its norm is over all frames, clean
         # ones included.
         return super()._apply_model(shown, t, lance_clean=clean.to(x.dtype), **kwargs) + (x - shown)
-
-    def _warn(self, patches: LayerPatches) -> None:
-        """Once a sampling run."""
-        if not self.unused:
-            self.unused = patches.unused_text()
-            logging.warning(
-                "Lance has no layers for what a node has put on the model, so it does nothing: "
-                f"{self.unused}. Such nodes are made for UNets or for models of other layers."
-            )
 
     def _weights(self) -> Any:
         """Changes when the weights' patches do; conditioning hooks change them from call to call."""
@@ -288,22 +273,6 @@ def clean_frames(mask: Tensor) -> Tensor:
 def forget_calls(patcher: Any, *args: Any) -> None:
     """ON_CLEANUP callback: sampling is over, and its tensors are let go."""
     patcher.model.last_call = LastCall()
-
-
-def explain(executor: Any, *args: Any, **kwargs: Any) -> Any:
-    """OUTER_SAMPLE wrapper: a node that fails because its patches were never called is named."""
-    main = executor.class_obj.model_patcher
-    for one in (main, *main.additional_models.get("multigpu", [])):
-        one.model.unused = ""
-    try:
-        return executor(*args, **kwargs)
-    except (AttributeError, IndexError, KeyError, TypeError) as error:
-        if not main.model.unused:
-            raise
-        raise RequestError(
-            f"A node made for another kind of model failed: it changes layers that Lance does not have "
-            f"({main.model.unused}), and says: {error}. Take it out between Lance Loader and the sampler."
-        ) from error
 
 
 def restore_clean(

@@ -220,6 +220,15 @@ def test_normalized_attention_guidance(comfy, plain):
     assert away(samples(comfy, lance(nag(5.0), model=["nag", 0], cfg=1.0)), once) > 1e-3
 
 
+def test_normalized_attention_guidance_of_branches_that_run_apart(comfy, plain, monkeypatch, caplog):
+    if "NAGuidance" not in comfy.nodes:
+        pytest.skip("this ComfyUI has no such node")
+    monkeypatch.setattr(module(comfy, "nodes.model").LanceModel, "memory_required", lambda *a, **k: 1e15)
+    assert away(samples(comfy, lance(nag(5.0), model=["nag", 0], seed=41)), plain) > 0
+    told = [r.getMessage() for r in caplog.records if "do not run in one batch" in r.getMessage()]
+    assert len(told) == 1
+
+
 def test_output_patches_see_the_latent_cells_apart_from_the_markers(patched, plain, comfy):
     seen = []
 

@@ -189,6 +189,25 @@ def test_a_pinned_first_frame_is_kept(comfy, retained):
     assert away(made, samples(comfy, lance(other, model=["windows", 0], cfg=1.0, steps=1, seed=99))) > 1e-3
 
 
+def test_a_frame_that_is_to_lead_windows_without_a_lead_in(comfy, caplog):
+    if not anchors(comfy):
+        pytest.skip("this ComfyUI retains nothing")
+    graph = windows(comfy, i2v(frames=FRAMES), 4, 1, cond_retain_index_list="0")
+    samples(comfy, lance(graph, model=["windows", 0], steps=1))
+    told = [r.getMessage() for r in caplog.records if "turn causal_window_fix on" in r.getMessage()]
+    assert len(told) == 1
+
+
+@pytest.mark.parametrize("dim", [3, 4])
+def test_windows_of_rows_and_columns_are_smaller_pictures(comfy, noise, dim):
+    graph = windows(comfy, t2v(), 2, 0, "batched", dim=dim)
+    plain, cut = comfy.value(graph, "loader"), comfy.value(graph, "windows")
+    found = denoised(comfy, cut, graph, noise)
+    for start in (0, 2):
+        alone = denoised(comfy, plain, graph, noise.narrow(dim, start, 2))
+        assert away(found.narrow(dim, start, 2), alone) < 1e-5
+
+
 def test_an_edit_sees_its_windows_of_the_source(comfy, monkeypatch):
     graph = {
         "loader": node("LanceLoader", checkpoint=VIDEO_CHECKPOINT, weight_dtype="default"),
