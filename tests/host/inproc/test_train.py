@@ -6,7 +6,7 @@ import inspect
 
 import pytest
 from graphs import node
-from small import MODEL, away, lance, samples, t2i
+from small import MODEL, away, edit, lance, samples, t2i
 
 SETTINGS = {
     "batch_size": 1,
@@ -137,3 +137,45 @@ def test_a_clone_with_weights_of_its_own_shares_none(comfy, monkeypatch):
     assert clone.model.diffusion_model.understanding is theirs.model
     shared = {p.data_ptr() for m in (model, mine) for p in m.model.parameters()}
     assert not any(p.data_ptr() in shared for m in (clone, theirs) for p in m.model.parameters())
+
+
+def test_an_edit_can_be_trained(comfy):
+    """What is edited passes through the expert that is trained: its context is made anew in each step, as a
+    constant of the step.
+    """
+    graph = edit()
+    _, _, lora, losses = training(comfy, graph, ["vision", 1], steps=3)
+    assert len(losses) == 3
+    assert any(bool(t.any()) for n, t in lora.items() if "lora_up" in n)
+
+
+class Both:
+    """Test node: two latents as a list."""
+
+    RETURN_TYPES = ("LATENT",)
+    OUTPUT_IS_LIST = (True,)
+    FUNCTION = "both"
+    CATEGORY = "testing"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"first": ("LATENT",), "second": ("LATENT",)}}
+
+    def both(self, first, second):
+        return ([first, second],)
+
+
+def test_pictures_of_several_sizes_are_trained_together(comfy, monkeypatch):
+    """A list of latents, each of its own size."""
+    kind = comfy.nodes["TrainLoraNode"]
+    if not getattr(kind, "INPUT_IS_LIST", False):
+        pytest.skip("this ComfyUI trains on one size")
+    monkeypatch.setitem(comfy.nodes, "TestBoth", Both)
+    graph = {**t2i(), **photo()}
+    graph["wide"] = node(
+        "ImageScale", image=["photo", 0], upscale_method="area", width=96, height=64, crop="center"
+    )
+    graph["other"] = node("VAEEncode", pixels=["wide", 0], vae=["loader", 2])
+    graph["both"] = node("TestBoth", first=["learned", 0], second=["other", 0])
+    _, _, _, losses = training(comfy, graph, ["both", 0], steps=6)
+    assert len(losses) == 6
