@@ -33,6 +33,7 @@ ATTENTION = "scaled_dot_product_attention"
 FREE = frozenset(
     {
         "detach",
+        "detach_",
         "_unsafe_view",
         "_reshape_alias",
         "alias",
@@ -61,8 +62,8 @@ class Card:
         return max(flops / self.flops, moved / self.bandwidth)
 
 
-# NVIDIA's data sheets (dense bf16 with float32 sums; memory), times what large kernels reach of them: 0.64 and
-# 0.9 on Hopper, 0.85 and 0.92 on consumer cards. Assumed, not measured here.
+# NVIDIA's data sheets (dense bf16 with float32 sums; memory), times what large kernels reach of them: 0.64
+# and 0.9 on Hopper, 0.85 and 0.92 on consumer cards. Assumed, not measured here.
 CARDS = {
     "h200": Card("H200", 0.64 * 989e12, 0.9 * 4.8e12),
     "4090": Card("RTX 4090", 0.85 * 165e12, 0.92 * 1.008e12),
@@ -83,7 +84,7 @@ class Count:
     copies: int = 0  # from and to the host
     names: Tally[str] = field(default_factory=Tally)
     lines: dict[str, tuple[int, int]] = field(default_factory=dict)
-    seconds: Tally[str] = field(default_factory=Tally)
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(CARDS, 0.0))
 
     def kernel(self, name: str, flops: int, moved: int, place: str) -> None:
         """Note one."""
@@ -108,7 +109,7 @@ class Count:
         for name in ("kernels", "flops", "bytes", "other_bytes", "syncs", "copies"):
             setattr(out, name, getattr(self, name) - getattr(other, name))
         out.names = self.names - other.names
-        out.seconds = Tally({k: v - other.seconds[k] for k, v in self.seconds.items()})
+        out.seconds = {key: value - other.seconds[key] for key, value in self.seconds.items()}
         return out
 
     def told(self, top: int) -> dict[str, Any]:
