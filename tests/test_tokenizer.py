@@ -347,7 +347,8 @@ def test_texts_of_more_than_32768_tokens_are_refused(tokenizer, build):
 
 
 def test_a_negative_prompt_counts_in_place_of_the_caption(tokenizer):
-    frame = prompts.MAX_TEXT_TOKENS - len(prompts.generation(tokenizer, "", [], "", (1, 1, 1)).token_ids()) + 3
+    empty = prompts.generation(tokenizer, "", [], "", (1, 1, 1)).token_ids()
+    frame = prompts.MAX_TEXT_TOKENS - len(empty) + 3
     sequence = prompts.generation(tokenizer, "", [], "1" * 9, (1, 1, 1))
     assert prompts.negative(tokenizer, None, sequence) is prompts.negative(tokenizer, " ", sequence) is None
     assert len(prompts.negative(tokenizer, "1" * frame, sequence)) == frame

@@ -44,15 +44,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
     native = NATIVE_GROUPS and not (q.is_cuda and (q.dtype == torch.float32 or (causal and queries != keys)))
     folded = heads != groups and not native
     if causal and (folded or queries != keys) and queries * keys > MASKED:
-        few = max(1, MASKED // keys)
-        # The last of the queries see all keys; those before them, all keys but as many as come after.
-        return torch.cat(
-            [
-                attention(q[:, i : i + few], *(x[:, : keys - max(0, queries - i - few)] for x in (k, v)), True)
-                for i in range(0, queries, few)
-            ],
-            dim=1,
-        )
+        few, parts = max(1, MASKED // keys), []
+        for i in range(0, queries, few):
+            seen = keys - max(0, queries - i - few)  # all but those of the queries that come after
+            parts.append(attention(q[:, i : i + few], k[:, :seen], v[:, :seen], True))
+        return torch.cat(parts, dim=1)
     if folded:
         return _folded(q, k, v, causal)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)

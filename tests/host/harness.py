@@ -189,7 +189,7 @@ class ComfyServer:
         assert not bad, "ComfyUI left something out:\n" + "\n".join(lines[max(0, bad[0] - 25) : bad[-1] + 3])
 
     def held(self) -> dict[str, int]:
-        """What the server process holds (Linux): `resident` memory in bytes, open `descriptors`, `threads`."""
+        """What the server process holds (Linux): `resident` memory in bytes, `descriptors`, `threads`."""
         place = Path(f"/proc/{self.pid}")
         for line in (place / "status").read_text().splitlines():
             if line.startswith("VmRSS:"):

@@ -212,7 +212,7 @@ SOAK = int(os.environ.get("LANCE_SOAK_JOBS", "35"))
 
 @pytest.mark.timeout(420 + 6 * SOAK)
 def test_many_jobs_in_a_row(client, server):
-    """Mixed jobs, nothing cached between them: memory, descriptors and threads stay as after the second round.
+    """Mixed jobs, nothing cached between them: memory, descriptors and threads stay as after two rounds.
 
     Seven jobs a round. LANCE_SOAK_JOBS says how many in all; `make fuzz` runs 150.
     """
