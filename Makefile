@@ -14,7 +14,7 @@ help: # the default: prints this list and changes nothing
 	@echo "make test    every test; those that need ComfyUI or a browser say so when they cannot have it"
 	@echo "make check   lint and the tests that need no ComfyUI, under 5 minutes"
 	@echo "make lint    ruff, mypy and, where comfy-cli is installed, comfy node validate"
-	@echo "make fuzz    damaged files and odd requests by the thousand, counted (an hour and more)"
+	@echo "make fuzz    damaged files and odd requests by the thousand, counted (ten minutes)"
 	@echo "make format  let ruff rewrite what it can"
 	@echo "make clean   remove the environment and what was built"
 
@@ -33,10 +33,11 @@ lint: $(VENV)/.ready
 	$(VENV)/bin/mypy
 	$(if $(COMFY),DO_NOT_TRACK=1 $(COMFY) --skip-prompt node validate,@echo "comfy-cli is not installed: comfy node validate is left out")
 
-# Hours: 10,000 media, 5,000 checkpoints, 5,000 requests and 500 queued prompts.
+# 10,000 media, 5,000 checkpoints, 5,000 requests, 500 queued prompts, and 150 jobs through a server.
 fuzz: $(VENV)/.ready
 	$(RUN) tests/fuzz
 	LANCE_FUZZ_PROMPTS=500 $(RUN) -m pytest -s tests/host/test_inproc.py -k fuzz
+	LANCE_SOAK_JOBS=150 $(RUN) -m pytest -s tests/host/test_server.py -k many_jobs
 
 format: $(VENV)/.ready
 	$(VENV)/bin/ruff check --fix .

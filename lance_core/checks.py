@@ -6,6 +6,7 @@ element); what comes back is Python's own, so that a request is always JSON-read
 
 from __future__ import annotations
 
+import inspect
 import math
 import operator
 from collections.abc import Callable, Iterable
@@ -121,14 +122,27 @@ def text(what: str, value: Any) -> str:
     return value
 
 
-def function(what: str, value: Any) -> Callable[..., Any] | None:
-    """A callable, or None.
+def function(what: str, value: Any, arguments: str) -> Callable[..., Any] | None:
+    """A callable that takes these arguments by position, or None.
+
+    arguments: their names, "step, total". A callable that does not tell its signature is taken as it is.
 
     Raises:
         RequestError: anything else.
     """
     if value is not None and not callable(value):
-        raise RequestError(f"{what} is {shown(value)}, expected a function or None")
+        raise RequestError(f"{what} is {shown(value)}, expected a function ({arguments}) or None")
+    try:
+        signature = None if value is None else inspect.signature(value)
+    except (TypeError, ValueError):
+        signature = None
+    if signature is not None:
+        try:
+            signature.bind(*arguments.split(", "))
+        except TypeError as error:
+            raise RequestError(
+                f"{what} is called with ({arguments}), which {shown(value)} does not take: {error}"
+            ) from None
     return value
 
 

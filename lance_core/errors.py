@@ -6,15 +6,25 @@ themselves.
 
 from typing import Any
 
+LONGEST = 499  # characters of a message
+
 
 class LanceError(Exception):
     """Base of every error this package raises on purpose.
 
     All are called lance_core.NAME, which they can be had as: inside ComfyUI, which shows an exception's
-    module to its users, the real one is a path of files.
+    module to its users, the real one is a path of files. A message over `LONGEST` characters (a name out
+    of a damaged file can be of any length) loses its middle: it begins with what came and ends with what
+    to do.
     """
 
     __module__ = "lance_core"
+
+    def __init__(self, message: str = "", *args: Any) -> None:
+        if len(message) > LONGEST:
+            end = LONGEST // 3
+            message = f"{message[: LONGEST - end - 3]} … {message[-end:]}"
+        super().__init__(message, *args)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

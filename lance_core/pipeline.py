@@ -201,7 +201,7 @@ class Lance:
         guidance = Guidance(cfg, cfg_interval, renorm, renorm_min)
         batch = checks.whole("batch_size", batch_size, 1, MAX_BATCH)
         seed = checks.whole("seed", seed, 0, MAX_SEED - batch + 1)
-        checks.function("callback", callback)
+        checks.function("callback", callback, "step, total, latent")
         for name, text in (("system_prompt", system_prompt), ("negative_prompt", negative_prompt)):
             if text is not None:
                 checks.text(name, text)
@@ -286,11 +286,7 @@ class Lance:
         return task.default_system_prompt if system_prompt is None else system_prompt
 
     def _prefill(self, sequence: Sequence, guided: bool, negative_prompt: str | None) -> Prepared:
-        negative = (
-            self.checkpoint.tokenizer.encode(negative_prompt)
-            if negative_prompt and negative_prompt.strip()
-            else None
-        )
+        negative = prompts.negative(self.checkpoint.tokenizer, negative_prompt, sequence)
         plan = Plan.of(sequence, self.config.tokens_per_second, guided, negative)
         counted = self.components.counted("prefilling", [plan.prefix, *plan.rests.values()])
         return self.components.experts(attention=counted).prefill(plan)
@@ -370,7 +366,7 @@ class Lance:
         tasks.check_media(task, image, video, None)
         resolution = tasks.resolve_resolution(task, resolution)
         max_new_tokens = checks.whole("max_new_tokens", max_new_tokens, 1, tasks.MAX_NEW_TOKENS)
-        checks.function("on_token", on_token)
+        checks.function("on_token", on_token, "new")
         if system_prompt is not None:
             checks.text("system_prompt", system_prompt)
         choose = Chooser(temperature, top_p, seed)

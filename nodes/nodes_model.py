@@ -244,8 +244,7 @@ class LanceTextEncode(io.ComfyNode):
         # The context is the same for every size, which the latent will bring: the target is a placeholder.
         visuals = vision.segments if vision else ()
         sequence = prompts.generation(lance.tokenizer, system, visuals, prompt, (1, 1, 1))
-        negative = negative_prompt if negative_prompt and negative_prompt.strip() else None
-        ids = None if negative is None else tuple(lance.tokenizer.encode(negative))
+        ids = prompts.negative(lance.tokenizer, negative_prompt, sequence)
         encoded = Encoded(sequence, ids, target == "video", lance.config.tokens_per_second)
         branches = (
             Prompt(encoded, branch).conditioning() for branch in (Branch.CONDITIONAL, Branch.UNCONDITIONAL)

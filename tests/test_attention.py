@@ -25,6 +25,27 @@ def plain(q, k, v, causal):
 
 
 @pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("most", [1, 9, 40, 75])
+def test_a_long_text_behind_a_prefix_is_attended_to_in_parts(monkeypatch, native, most):
+    """No causal mask has more than MASKED entries; the parts together are the whole."""
+    if native and not module.NATIVE_GROUPS:
+        pytest.skip("this torch has no grouped heads of its own (before 2.5)")
+    monkeypatch.setattr(module, "NATIVE_GROUPS", native)
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, n, h, 8, generator=g) for n, h in ((7, 4), (11, 2), (11, 2)))
+    sizes = []
+    made = module.causal_mask
+    monkeypatch.setattr(
+        module, "causal_mask", lambda a, b, device: sizes.append((a, b)) or made(a, b, device)
+    )
+    monkeypatch.setattr(module, "MASKED", most)
+    torch.testing.assert_close(
+        module.attention(q, k, v, True).double(), plain(q, k, v, True), rtol=1e-5, atol=1e-5
+    )
+    assert all(a * b <= most for a, b in sizes) and len(sizes) >= (most >= 22)
+
+
+@pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(
     ("queries", "keys", "heads", "groups"),

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lance_core import RequestError, checks
+from lance_core import CheckpointError, RequestError, checks
 
 
 class Rude:
@@ -66,12 +66,28 @@ def test_nothing_but_a_request_error_comes_of_odd_values(index):
         lambda: checks.interval("cfg_interval", value, 0, 1),
         lambda: checks.choice("renorm", value, ("global", "none")),
         lambda: checks.text("prompt", value),
-        lambda: checks.function("callback", value),
+        lambda: checks.function("callback", value, "step, total"),
     ):
         try:
             check()
         except RequestError as error:
             assert len(str(error)) < 500 and "\n" not in str(error)
+
+
+def test_a_function_that_takes_other_arguments_is_refused_before_the_work():
+    for taken in (None, print, lambda step, total: 0, lambda *given: 0, lambda a, b, c=1: 0, dict, max):
+        assert checks.function("callback", taken, "step, total") is taken
+    for refused in (len, lambda: 0, lambda step: 0, lambda a, b, *, c: 0):
+        with pytest.raises(RequestError, match=r"callback is called with \(step, total\), which"):
+            checks.function("callback", refused, "step, total")
+
+
+def test_a_message_is_never_too_long_and_keeps_both_ends():
+    name = "layers." * 400
+    error = CheckpointError(f"x.safetensors has an unexpected tensor {name}. Download it again.")
+    assert len(str(error)) < 500
+    assert str(error).startswith("x.safetensors has") and str(error).endswith(". Download it again.")
+    assert str(RequestError("short")) == "short"
 
 
 @pytest.mark.parametrize("value", [3, 3.0, np.int64(3), np.float32(3), torch.tensor(3), torch.tensor(3.0)])

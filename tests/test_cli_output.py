@@ -207,6 +207,31 @@ def test_a_signal_at_any_moment_leaves_nothing_half_written(tmp_path, number, tu
         assert media.load_image(tmp_path / "a.png").shape == (256, 256, 3)
 
 
+def test_a_killed_turn_of_several_loses_nothing_and_can_be_done_again(tmp_path):
+    """Each turn edits what the one before saved. One that is killed at any moment leaves the earlier files as
+    they were and nothing half written under its own name; done again, it writes the same bytes as ever.
+    """
+    edit = ("image_edit", "bluer", "a.png", "-m", CHECKPOINT, "--resolution", "image_256res")
+    edit += ("--steps", "4", "-q", "-o", "b.png")
+    assert run(*DRAW, "-o", "a.png", cwd=tmp_path)[0] == 0
+    began = time.monotonic()
+    assert run(*edit, cwd=tmp_path)[0] == 0
+    took = time.monotonic() - began
+    whole = {name: (tmp_path / name).read_bytes() for name in ("a.png", "b.png")}
+    killed = 0
+    for turn in range(4):
+        (tmp_path / "b.png").write_bytes(b"what was there")
+        process = start(*edit, cwd=tmp_path, stderr=subprocess.DEVNULL)
+        time.sleep(took * (0.25 + 0.25 * turn) * random.Random(turn).uniform(0.7, 1))
+        process.kill()
+        killed += process.wait(60) == -signal.SIGKILL
+        assert (tmp_path / "a.png").read_bytes() == whole["a.png"]
+        assert (tmp_path / "b.png").read_bytes() in (b"what was there", whole["b.png"])
+    assert killed > 0
+    assert run(*edit, cwd=tmp_path)[0] == 0
+    assert {name: (tmp_path / name).read_bytes() for name in whole} == whole
+
+
 @pytest.mark.parametrize("number", CODES, ids=lambda n: n.name)
 def test_a_signal_while_a_file_is_written(tmp_path, number):
     """Caught in the act: the writer stands still with its temporary file open."""

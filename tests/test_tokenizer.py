@@ -346,6 +346,16 @@ def test_texts_of_more_than_32768_tokens_are_refused(tokenizer, build):
         build(tokenizer, "", [], "x" * 2_000_000)
 
 
+def test_a_negative_prompt_counts_in_place_of_the_caption(tokenizer):
+    empty = prompts.generation(tokenizer, "", [], "", (1, 1, 1)).token_ids()
+    frame = prompts.MAX_TEXT_TOKENS - len(empty) + 3
+    sequence = prompts.generation(tokenizer, "", [], "1" * 9, (1, 1, 1))
+    assert prompts.negative(tokenizer, None, sequence) is prompts.negative(tokenizer, " ", sequence) is None
+    assert len(prompts.negative(tokenizer, "1" * frame, sequence)) == frame
+    with pytest.raises(RequestError, match=r"negative prompt and instruction have 32,769 .*by 1 tokens"):
+        prompts.negative(tokenizer, "1" * (frame + 1), sequence)
+
+
 def test_pictures_do_not_count_as_text(tokenizer):
     visual = VisualSegment(Kind.CLEAN, Role.SOURCE, (31, 30, 53), torch.empty(31, 30, 53, 48))
     assert prompts.generation(tokenizer, "s", [visual], "c", (31, 30, 53)).context

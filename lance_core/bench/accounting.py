@@ -60,7 +60,7 @@ class Accountant(TorchDispatchMode):
             if isinstance(tensor, Tensor):
                 self._see(tensor, name)
         if name.startswith("conv") and args[0].device.type == self.device.type == "meta":
-            self._grow(args[0].nbytes, f"workspace of {name}{_where()}")
+            self._grow(args[0].nbytes, f"workspace of {name}{where()}")
         return result
 
     def _attention(self, func: Any, args: tuple, kwargs: dict) -> Tensor:
@@ -100,7 +100,7 @@ class Accountant(TorchDispatchMode):
         if key in self.live or not storage.nbytes():
             return
         if not label.startswith("weights"):
-            label = f"{label} {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}{_where()}"
+            label = f"{label} {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}{where()}"
         self.refs[key] = weakref.ref(storage, partial(self._drop, key))
         self.live[key] = (storage.nbytes(), label)
         self.total += storage.nbytes()
@@ -120,7 +120,7 @@ class Accountant(TorchDispatchMode):
             self.at_peak = [*self.live.values(), (extra, label)]
 
 
-def _where() -> str:
+def where() -> str:
     """The line of lance_core that is being run, measuring and the call of a matrix product left out."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:

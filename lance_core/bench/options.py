@@ -18,6 +18,11 @@ SUITE_ROWS = (
 SUITE_NAMES = ("full", "small", "auto")
 SMALL_LAYERS = 2  # of the small suite
 QUIET = ("-q", "--quiet")
+PASSES = (
+    *("t2i_768_guided", "t2i_768_one", "t2v_25_guided", "t2v_121_guided"),
+    *("edit_768_prefill", "text_prefill", "text_token"),
+    *("vae_decode_768", "vae_decode_121", "vae_encode_768", "vit_768"),
+)
 PARTS = ("und", "gen", "vit", "vae")
 # What only `bench speed` asks, and what it asks when nothing is said.
 OWN_SIZES: dict[str, Any] = {"size": ["768x768"], "frames": [1], "batch": 1}
@@ -94,6 +99,15 @@ def _memory(parser: argparse.ArgumentParser) -> None:
     _option(parser, "top", 0, "list the N largest tensors at each stage's peak", "N")
 
 
+def _count(parser: argparse.ArgumentParser) -> None:
+    which = f"some of {', '.join(PASSES)} (default: all)"
+    parser.add_argument("--passes", nargs="+", choices=PASSES, metavar="NAME", help=which)
+    cards = ("all", "h200", "4090", "3060")
+    parser.add_argument("--card", default="all", choices=cards, help="predict times for this one (all)")
+    parser.add_argument("--layers", type=int, help="cut the experts to so many (default: all 36)")
+    _option(parser, "top", 8, "source lines that move the most bytes outside products", "N")
+
+
 def _loading(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=int, help="cut the experts to so many, for little memory")
     cases = "some of image, video, bf16, fp8, int8, int4, nvfp4 (default: all)"
@@ -132,6 +146,7 @@ COMMANDS = {
     "speed": ("passes of the sizes you ask for; what `bench` does without a command", _speed),
     "suite": ("every kind of work against this device's limit and the released procedure", _suite),
     "memory": ("peak memory of requests at the released sizes, and the smallest card that has it", _memory),
+    "count": ("kernels, operations and bytes of each pass at the released sizes, counted", _count),
     "loading": ("peak memory and time of loading a checkpoint of the released sizes; Linux only", _loading),
     "quality": ("how far each weight format drifts from float32 and from bf16", _quality),
     "overhead": ("what ComfyUI adds to a denoising step", _overhead),
@@ -141,6 +156,9 @@ COMMANDS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """A subcommand with its options for every measurement; options without a command are those of `speed`."""
     parser.set_defaults(bench="speed")
+    both = ((("--json",), "print one JSON object instead of text"), (QUIET, "no progress bars"))
+    for names, does in both:
+        parser.add_argument(*names, action="store_true", help=does)
     commands = parser.add_subparsers(
         dest="bench", metavar="WHAT", description="Without one of these: speed, and its options."
     )
@@ -151,7 +169,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         files.add_argument("--output", metavar="FILE", help="write the result as JSON too")
         files.add_argument("--markdown", metavar="FILE", help="write the tables as Markdown too")
         # No defaults of their own: `bench -q memory` is quiet as well.
-        both = ((("--json",), "print one JSON object instead of text"), (QUIET, "no progress bars"))
         for names, does in both:
             files.add_argument(*names, action="store_true", default=argparse.SUPPRESS, help=does)
     _default_to_speed(parser)

@@ -300,10 +300,10 @@ class Checkpoint:
                         f"{'float32, bfloat16 or float16' if plain else kind}"
                     )
         if problems:
-            more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+            more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
             raise CheckpointError(
                 f"{self.path} does not hold the model its configuration describes: "
-                f"{'; '.join(sorted(problems)[:5])}{more}. Download it again."
+                f"{'; '.join(sorted(problems)[:3])}{more}. Download it again."
             )
 
     def tensors(

@@ -45,13 +45,37 @@ def _assemble(
         TextSegment(role, tuple(t.encode(caption))),
         TextSegment(Role.TEMPLATE, tuple(closing)),
     )
-    texts = sum(s.length for s in context if isinstance(s, TextSegment))
-    if texts > MAX_TEXT_TOKENS:
-        raise RequestError(
-            f"The text is too long: prompt and instruction have {texts:,} tokens together, at most "
-            f"{MAX_TEXT_TOKENS:,} are possible. Shorten the prompt by {texts - MAX_TEXT_TOKENS:,} tokens."
-        )
+    _check_length(
+        "prompt and instruction have",
+        sum(s.length for s in context if isinstance(s, TextSegment)),
+        MAX_TEXT_TOKENS,
+        "prompt",
+    )
     return Sequence(context, target, t.vision_start, t.vision_end, t.pad)
+
+
+def _check_length(whose: str, tokens: int, most: int, shorten: str) -> None:
+    if tokens > most:
+        raise RequestError(
+            f"The text is too long: {whose} {tokens:,} tokens together, at most {most:,} are possible. "
+            f"Shorten the {shorten} by {tokens - most:,} tokens."
+        )
+
+
+def negative(tokenizer: Tokenizer, text: str | None, sequence: Sequence) -> tuple[int, ...] | None:
+    """Token ids of a negative prompt, which takes the caption's place in `sequence`; None for the trained
+    unconditional sequence, which an empty text stands for, too. Raises as `generation`.
+    """
+    if not text or not text.strip():
+        return None
+    ids = tuple(tokenizer.encode(text))
+    others = sum(
+        s.length for s in sequence.context if isinstance(s, TextSegment) and s.role is not Role.CAPTION
+    )
+    _check_length(
+        "negative prompt and instruction have", others + len(ids), MAX_TEXT_TOKENS, "negative prompt"
+    )
+    return ids
 
 
 def generation(

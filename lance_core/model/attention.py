@@ -19,6 +19,9 @@ except ImportError:
 NATIVE_GROUPS = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 5)
 
 
+# Entries of a causal mask at most (a long text behind a prefix is attended to in parts): 16 MiB as bool.
+MASKED = 1 << 24
+
 Attention = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
 
 
@@ -39,7 +42,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
     # Of CUDA's backends only flash and cuDNN know grouped heads, and neither takes a mask or float32; the
     # rest would expand the keys.
     native = NATIVE_GROUPS and not (q.is_cuda and (q.dtype == torch.float32 or (causal and queries != keys)))
-    if heads != groups and not native:
+    folded = heads != groups and not native
+    if causal and (folded or queries != keys) and queries * keys > MASKED:
+        few, parts = max(1, MASKED // keys), []
+        for i in range(0, queries, few):
+            seen = keys - max(0, queries - i - few)  # all but those of the queries that come after
+            parts.append(attention(q[:, i : i + few], k[:, :seen], v[:, :seen], True))
+        return torch.cat(parts, dim=1)
+    if folded:
         return _folded(q, k, v, causal)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     mask = causal_mask(queries, keys, q.device) if causal and queries != keys else None

@@ -188,11 +188,16 @@ class ComfyServer:
         bad = [index for index, line in enumerate(lines) if any(mark in line for mark in LOAD_FAILURES)]
         assert not bad, "ComfyUI left something out:\n" + "\n".join(lines[max(0, bad[0] - 25) : bad[-1] + 3])
 
-    def rss(self) -> int:
-        """Resident memory of the server process in bytes (Linux)."""
-        for line in Path(f"/proc/{self.pid}/status").read_text().splitlines():
+    def held(self) -> dict[str, int]:
+        """What the server process holds (Linux): `resident` memory in bytes, `descriptors`, `threads`."""
+        place = Path(f"/proc/{self.pid}")
+        for line in (place / "status").read_text().splitlines():
             if line.startswith("VmRSS:"):
-                return int(line.split()[1]) * 1024
+                return {
+                    "resident": int(line.split()[1]) * 1024,
+                    "descriptors": len(os.listdir(place / "fd")),
+                    "threads": len(os.listdir(place / "task")),
+                }
         raise ServerDiedError("no VmRSS: the server has exited")
 
     def _answers(self) -> bool:

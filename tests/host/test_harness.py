@@ -67,7 +67,7 @@ def test_server_is_clean_and_its_own(server):
     server.assert_clean_start()
     assert server.seconds_to_start < 120
     assert (server.base / "models" / "stub" / "__init__.py").exists()
-    assert server.rss() > 2**28
+    assert server.held()["resident"] > 2**28
 
 
 def test_a_broken_pack_is_noticed(make_server, tmp_path):

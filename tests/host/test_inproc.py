@@ -49,6 +49,8 @@ def report(request: pytest.FixtureRequest, host, tmp_path_factory: pytest.TempPa
         INPROC,
     ]
     command += [
+        "-o",
+        "junit_logging=system-out",
         "--basetemp",
         folder / "tmp",
         "--junitxml",
@@ -83,7 +85,7 @@ def _cases(path: Path) -> dict[str, list[tuple[str, str, str]]]:
         told = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
         outcome = "passed" if told is None else "skipped" if told.tag == "skipped" else "failed"
         why = (
-            ""
+            _printed(case)
             if told is None
             else f"{told.get('message')}\n{told.text or ''}"
             if outcome == "failed"
@@ -96,13 +98,19 @@ def _cases(path: Path) -> dict[str, list[tuple[str, str, str]]]:
     return cases
 
 
+def _printed(case: ElementTree.Element) -> str:
+    """What a case that passed has printed, in one line."""
+    lines = (case.findtext("system-out") or "").splitlines()
+    return "; ".join(line for line in lines if line and not line.startswith("---"))[:300]
+
+
 @pytest.mark.timeout(SECONDS + 60)
 @pytest.mark.parametrize("file", FILES)
 def test_inproc(file: str, report: Report) -> None:
     cases = report.cases.get(file)
     assert cases, f"{file} did not run:\n{report.output[-6000:]}"
     for name, outcome, why in cases:
-        print(f"{outcome:8} {name} {why if outcome == 'skipped' else ''}")
+        print(f"{outcome:8} {name} {why if outcome != 'failed' else ''}")
     failed = [f"{name}: {why}" for name, outcome, why in cases if outcome == "failed"]
     assert not failed, f"{len(failed)} of {len(cases)} failed in ComfyUI's Python\n\n" + "\n\n".join(failed)
     skipped = {why for _, outcome, why in cases if outcome == "skipped"}
