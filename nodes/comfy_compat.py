@@ -44,6 +44,7 @@ else:
 
 # of an empty LATENT; ComfyUI's spelling
 LATENT_TAGS = ("downscale_ratio_spacial", "downscale_ratio_temporal")
+ORIGINAL = "_lance_original"  # attribute of a function of ours: what it stands before
 MASK_ELEMENTS = 1 << 24  # of a causal mask at once
 FLOAT_DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -351,6 +352,17 @@ def _grouped(q: Tensor, k: Tensor, v: Tensor, groups: int, mask: Tensor | None =
         fold_groups(q, groups), k, v, groups, mask=mask, skip_reshape=True, skip_output_reshape=True
     )
     return unfold_groups(out, q.shape[2])
+
+
+def stand_before(module: Any, name: str, wrap: Callable[[Callable], Callable]) -> None:
+    """Put a function in front of one of ComfyUI's, `wrap(original)`; in place of that of an earlier import of
+    this pack, if there is one.
+    """
+    there = getattr(module, name)
+    original = getattr(there, ORIGINAL, there)
+    ours = wrap(original)
+    setattr(ours, ORIGINAL, original)
+    setattr(module, name, ours)
 
 
 def with_extra(given: Any, extra: dict[str, Any]) -> Any:
