@@ -48,6 +48,7 @@ else:
 LATENT_TAGS = ("downscale_ratio_spacial", "downscale_ratio_temporal")
 # Pixels a side that a cell of an empty LATENT stands for, by its channels, where ComfyUI does not tag it.
 EMPTY_CELLS = {4: 8, 12: 8, 16: 8, 64: 32, 128: 32}
+ORIGINAL = "_lance_original"  # attribute of a function of ours: what it stands before
 MASK_ELEMENTS = 1 << 24  # of a causal mask at once
 FLOAT_DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -368,6 +369,17 @@ def _grouped(
         fold_groups(q, groups), k, v, groups, mask=mask, skip_reshape=True, skip_output_reshape=True, **chosen
     )
     return unfold_groups(out, q.shape[2])
+
+
+def stand_before(module: Any, name: str, wrap: Callable[[Callable], Callable]) -> None:
+    """Put a function in front of one of ComfyUI's, `wrap(original)`; in place of that of an earlier import of
+    this pack, if there is one.
+    """
+    there = getattr(module, name)
+    original = getattr(there, ORIGINAL, there)
+    ours = wrap(original)
+    setattr(ours, ORIGINAL, original)
+    setattr(module, name, ours)
 
 
 def with_extra(given: Any, extra: dict[str, Any]) -> Any:

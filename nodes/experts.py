@@ -6,6 +6,8 @@ import weakref
 from collections.abc import Iterable
 from typing import Any
 
+from comfy.model_patcher import create_hook_patches_clone
+
 from ..lance_core.errors import RequestError
 from . import devices, merging, saving
 from .patcher import PatchesInForward
@@ -118,9 +120,46 @@ class ExpertRouting(PatchesInForward):
     # -- hooks -----------------------------------------------------------------------------------------------
 
     def add_hook_patches(self, hook: Any, patches: dict, *args: Any, **kwargs: Any) -> list:
-        placed = {place.native(): key for key, place in self._placed(patches).items()}
-        done = super().add_hook_patches(hook, {k: patches[v] for k, v in placed.items()}, *args, **kwargs)
-        return [placed[k] for k in done]
+        mine, theirs = self._split(patches)
+        done = super().add_hook_patches(hook, {k: patches[v] for k, v in mine.items()}, *args, **kwargs)
+        taken = [mine[k] for k in done]
+        for other in self._others() if theirs else []:
+            if self.hook_patches_backup is not None and other.hook_patches_backup is None:
+                other.hook_patches_backup = create_hook_patches_clone(other.hook_patches)
+            given = {k: patches[v] for k, v in theirs.items()}
+            taken += [theirs[k] for k in other.add_hook_patches(hook, given, *args, **kwargs)]
+        return taken
+
+    def patch_hooks(self, hooks: Any) -> None:
+        super().patch_hooks(hooks)
+        for other in self._others():
+            if other.hook_patches or other.hook_backup:
+                other.patch_hooks(hooks)
+
+    def prepare_hook_patches_current_keyframe(
+        self, t: Any, hook_group: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        before = [(hook, hook.strength) for hook in hook_group.hooks]
+        super().prepare_hook_patches_current_keyframe(t, hook_group, *args, **kwargs)
+        changed = [hook for hook, strength in before if hook.strength != strength]
+        for other in self._others():
+            for group in [g for g in other.cached_hook_patches if any(map(g.contains, changed))]:
+                other.cached_hook_patches.pop(group)
+
+    def restore_hook_patches(self) -> None:
+        super().restore_hook_patches()
+        for other in self._others():
+            other.restore_hook_patches()
+
+    def clear_cached_hook_weights(self) -> None:
+        super().clear_cached_hook_weights()
+        for other in self._others():
+            other.clear_cached_hook_weights()
+
+    def set_hook_mode(self, hook_mode: Any) -> None:
+        super().set_hook_mode(hook_mode)
+        for other in self._others():
+            other.set_hook_mode(hook_mode)
 
     # -- weights of both ------------------------------------------------------------------------------------
 

@@ -21,11 +21,10 @@ from torch import Tensor
 
 from ..lance_core.errors import RequestError
 from ..lance_core.model.joined import JOINED
+from . import comfy_compat
 from .lora_names import LENT, Names, refusal
 from .merging import shape_of
 from .model import LanceModel
-
-ORIGINAL = "_lance_original"  # attribute of our functions: what they stand in front of
 
 
 class LanceKeys(dict):
@@ -147,10 +146,6 @@ def _size(patch: Any) -> tuple[int, ...] | None:
 
 
 def install() -> None:
-    """Put our functions in front of ComfyUI's, or of those behind an earlier import's."""
-    for name, wrap in (("model_lora_keys_unet", _keys), ("load_lora", _load)):
-        there = getattr(comfy.lora, name)
-        original = getattr(there, ORIGINAL, there)
-        ours = wrap(original)
-        setattr(ours, ORIGINAL, original)
-        setattr(comfy.lora, name, ours)
+    """Put our functions in front of ComfyUI's."""
+    comfy_compat.stand_before(comfy.lora, "model_lora_keys_unet", _keys)
+    comfy_compat.stand_before(comfy.lora, "load_lora", _load)

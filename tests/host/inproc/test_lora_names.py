@@ -327,11 +327,11 @@ def test_other_models_are_read_as_before(comfy):
     """And a second import of the pack does not stand in front of itself."""
     from comfy import lora as core
 
-    loras = module(comfy, "nodes.loras")
-    original = getattr(core.load_lora, loras.ORIGINAL)
-    loras.install()
-    assert getattr(core.load_lora, loras.ORIGINAL) is original
-    assert not hasattr(original, loras.ORIGINAL)
+    mark = module(comfy, "nodes.comfy_compat").ORIGINAL
+    original = getattr(core.load_lora, mark)
+    module(comfy, "nodes.loras").install()
+    assert getattr(core.load_lora, mark) is original
+    assert not hasattr(original, mark)
     file = {"x.lora_up.weight": torch.ones(4, 2), "x.lora_down.weight": torch.ones(2, 4)}
     found, wanted = core.load_lora(file, {"x": "x.weight"}), original(file, {"x": "x.weight"})
     assert found.keys() == wanted.keys() and type(found["x.weight"]) is type(wanted["x.weight"])

@@ -200,12 +200,13 @@ def test_lora_is_what_it_would_be_merged(comfy, loras, expert):
     assert torch.equal(samples(comfy, lance(t2i())), plain)
 
 
-def test_lora_as_a_conditioning_hook_is_what_it_would_be_merged(comfy, loras):
+@pytest.mark.parametrize("expert", ["gen", "und"])
+def test_lora_as_a_conditioning_hook_is_what_it_would_be_merged(comfy, loras, expert):
     """Hooks patch weights for one conditioning at a time, by other ways than a loader's LoRA."""
     merged = t2i()
-    merged["loader"]["inputs"]["checkpoint"] = "merged_gen"
+    merged["loader"]["inputs"]["checkpoint"] = f"merged_{expert}"
     graph = t2i()
-    graph["hook"] = node("CreateHookLoraModelOnly", lora_name="gen.safetensors", strength_model=0.8)
+    graph["hook"] = node("CreateHookLoraModelOnly", lora_name=f"{expert}.safetensors", strength_model=0.8)
     pair = {"positive_NEW": ["text", 0], "negative_NEW": ["text", 1]}
     graph["hooked"] = node(
         "PairConditioningSetProperties", **pair, hooks=["hook", 0], strength=1.0, set_cond_area="default"
@@ -213,6 +214,33 @@ def test_lora_as_a_conditioning_hook_is_what_it_would_be_merged(comfy, loras):
     hooked = ksampler(graph, positive=["hooked", 0], negative=["hooked", 1])
     assert away(samples(comfy, hooked), samples(comfy, ksampler(merged))) < 1e-5
     assert away(samples(comfy, hooked), samples(comfy, ksampler(t2i()))) > 0.01
+
+
+@pytest.mark.parametrize("expert", ["gen", "und"])
+def test_a_hook_on_one_conditioning_leaves_the_other_alone(comfy, loras, expert):
+    """On the positive only: the negative's prediction is that of the plain weights, in each step."""
+    graph = t2i()
+    graph["hook"] = node("CreateHookLoraModelOnly", lora_name=f"{expert}.safetensors", strength_model=0.8)
+    graph["hooked"] = node(
+        "ConditioningSetProperties",
+        cond_NEW=["text", 0],
+        hooks=["hook", 0],
+        strength=1.0,
+        set_cond_area="default",
+    )
+    one = samples(comfy, ksampler(graph, positive=["hooked", 0], cfg=4.0))
+    merged = t2i()
+    merged["loader"]["inputs"]["checkpoint"] = f"merged_{expert}"
+    plain, both = samples(comfy, ksampler(t2i(), cfg=4.0)), samples(comfy, ksampler(merged, cfg=4.0))
+    assert away(one, plain) > 0.01 and away(one, both) > 0.01
+    # Without guidance only the positive counts.
+    alone = samples(comfy, ksampler(graph, positive=["hooked", 0], cfg=1.0))
+    assert away(alone, samples(comfy, ksampler(merged, cfg=1.0))) < 1e-5
+    assert torch.equal(
+        samples(comfy, ksampler(t2i(), cfg=4.0, seed=8)), samples(comfy, ksampler(t2i(), seed=8))
+    )
+    comfy._executor.reset()
+    assert torch.equal(samples(comfy, ksampler(t2i(), cfg=4.0)), plain), "and nothing stays behind"
 
 
 def test_lora_leaves_understanding_alone(comfy, loras):
