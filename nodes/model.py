@@ -19,7 +19,6 @@ from torch import Tensor
 
 from ..lance_core.checkpoint.quantize import Format, swap
 from ..lance_core.config import LATENT_CHANNELS, RELEASED_SAMPLING, LLMConfig
-from ..lance_core.errors import NumericsError
 from ..lance_core.model.dual_expert import DualExpert, Generation
 from ..lance_core.model.joined import joined_rows
 from ..lance_core.model.memory import DenoisingMemory
@@ -32,9 +31,8 @@ from .last_call import LastCall
 from .latents import check_latent
 from .layer_patches import LayerPatches, PatchedLayers
 from .other_models import Structure, explain, warn_apart, warn_not_retained, warn_unused
-from .patcher import blame
 from .places import NO_WEIGHT, UND, UND_PREFIX, Places
-from .review import review
+from .review import check_made, review
 from .windows import Window
 
 
@@ -289,10 +287,9 @@ def restore_clean(
     comes out bit for bit, whichever sampler ran.
     """
     guider = executor.class_obj
-    review(guider.conds, noise.shape, denoise_mask)
+    review(guider, noise.shape, denoise_mask)
     out = executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
-    if not bool(torch.isfinite(out).all()):
-        raise NumericsError(f"Denoising gave NaN or infinity: {blame(guider.model_patcher)}")
+    check_made(out, guider)
     if denoise_mask is None:
         return out
     mask = comfy.utils.reshape_mask(denoise_mask, noise.shape)  # as the sampler does it

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from ..lance_core.config import CELL, FRAMES_PER_LATENT
-from ..lance_core.errors import RequestError
+from ..lance_core.errors import NumericsError, RequestError
 from ..lance_core.model.sequence import Role, clean_latents
 from .conditioning import KEY, Prompt
+from .patcher import blame
 
 STOCK_CELL = 8  # pixels, in which ConditioningSetArea counts
 
@@ -93,16 +94,17 @@ WRITERS = {
 }
 
 
-def review(conds: dict[str, list[dict[str, Any]]], shape: Sequence[int], denoise_mask: Any) -> None:
-    """Look over a run's conditionings, by the guider's names for them, and place their areas and masks.
+def review(guider: Any, shape: Sequence[int], denoise_mask: Any) -> None:
+    """Look over the conditionings of a guider's run, and place their areas and masks.
 
-    shape: of the noise, [b, 48, t, h, w]. The lists are changed, the dictionaries in them are not.
+    shape: of the noise, [b, 48, t, h, w]. Its lists are changed, the dictionaries in them are not.
 
     Raises:
         RequestError: a conditioning asks for what Lance does not do, with what to use instead.
     """
     ignored: set[str] = set()
-    for listed in conds.values():
+    windows = (guider.model_options or {}).get("context_handler") is not None
+    for listed in guider.conds.values():
         for i, cond in enumerate(listed):
             prompt = cond.get(KEY)
             if not isinstance(prompt, Prompt):  # refused when it is encoded
@@ -117,9 +119,32 @@ def review(conds: dict[str, list[dict[str, Any]]], shape: Sequence[int], denoise
                 )
             ignored |= present - READ - REFUSED.keys()
             listed[i] = placed(cond, tuple(shape[2:]), prompt)
+            if windows and listed[i].get("mask") is not None:
+                check_windows(listed[i]["mask"], shape[2])
     for key in sorted(ignored):
         writer = WRITERS.get(key, "a node for another model")
         logging.warning("Lance ignores %r, which %s has put on the conditioning.", key, writer)
+
+
+def check_made(samples: Tensor, guider: Any) -> None:
+    """Refuse what a guider's run has made if it would decode to black.
+
+    Raises:
+        NumericsError: NaN or infinity in it, with what is at fault.
+    """
+    if not bool(torch.isfinite(samples).all()):
+        raise NumericsError(f"Denoising gave NaN or infinity: {blame(guider.model_patcher)}")
+
+
+def check_windows(mask: Tensor, frames: int) -> None:
+    """Refuse a mask [batch, t, h, w] in cells that context windows would cut along a wrong axis, or not at
+    all: they take the third for time.
+    """
+    if mask.shape[1] > 1 or mask.shape[2] == frames:
+        raise RequestError(
+            "Context windows cannot cut the mask of a conditioning: take one of them out, or use one mask "
+            "for all frames with set_cond_area 'default' and another number of frames."
+        )
 
 
 def placed(cond: dict[str, Any], dims: tuple[int, ...], prompt: Prompt) -> dict[str, Any]:
@@ -129,9 +154,11 @@ def placed(cond: dict[str, Any], dims: tuple[int, ...], prompt: Prompt) -> dict[
     """
     out = dict(cond)
     if cond.get("mask") is not None:
-        out["mask"] = mask_in_cells(cond["mask"], dims)
+        mask = mask_in_cells(cond["mask"], dims)
         if cond.get("set_area_to_bounds"):
-            out["area"], out["set_area_to_bounds"] = bounds(out["mask"], dims), False
+            out["area"], out["set_area_to_bounds"] = bounds(mask, dims), False
+        # ComfyUI takes an area's frames out of the mask's.
+        out["mask"] = mask.expand(-1, dims[0], -1, -1) if out.get("area") is not None else mask
     if out.get("area") is not None:
         out["area"] = area_in_cells(tuple(out["area"]), dims)
         sizes = tuple(map(min, out["area"][: len(dims)], dims))
@@ -182,7 +209,8 @@ def _nearest(cells: float) -> int:
 
 
 def mask_in_cells(mask: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """MASK [n, h, w] -> [batch, t, h, w] in cells: one for all, one per picture of a batch, or one per frame.
+    """MASK [n, h, w] -> [batch, t or 1, h, w] in cells: one for all, one per picture of a batch, or one per
+    frame.
 
     Raises:
         RequestError: as many masks as neither frames nor pictures.
@@ -194,7 +222,7 @@ def mask_in_cells(mask: Tensor, dims: tuple[int, ...]) -> Tensor:
     mask = comfy.utils.common_upscale(mask[:, None], columns, rows, "bilinear", "disabled")[:, 0]
     pixel_frames = (frames - 1) * FRAMES_PER_LATENT + 1
     if len(mask) == 1:
-        return mask[None].expand(1, frames, rows, columns)
+        return mask[None]
     if frames == 1:
         return mask[:, None]
     if len(mask) == pixel_frames:  # a latent frame stands for the four that end with this one

@@ -427,6 +427,21 @@ def test_masks_for_each_frame(comfy):
     refused(comfy, lance(graph, positive=["both", 0]), "7 masks.*video of 9 frames.*one mask for all")
 
 
+def test_masks_that_context_windows_would_cut_wrongly(comfy):
+    """They take a mask's third axis for time, which is its rows: refused where it would show."""
+    graph = mask({**i2v(), "other": text("a boat", target="video")}, 48, 0, 48, 64, (96, 64))
+    given = {"context_length": 5, "context_overlap": 1, "context_schedule": "standard_static", "dim": 2}
+    given |= {"context_stride": 1, "closed_loop": False, "fuse_method": "pyramid", "freenoise": False}
+    given |= {"cond_retain_index_list": "", "split_conds_to_windows": False, "causal_window_fix": False}
+    given |= {"latent_retain_index_list": ""}
+    known = {i.id for i in comfy.nodes["ContextWindowsManual"].define_schema().inputs}
+    given = {name: value for name, value in given.items() if name in known}
+    graph["windows"] = node("ContextWindowsManual", model=MODEL, **given)
+    graph["both"] = node("ConditioningCombine", conditioning_1=["region", 0], conditioning_2=["other", 0])
+    chosen = {"model": ["windows", 0], "positive": ["both", 0]}
+    refused(comfy, lance(graph, **chosen), "Context windows cannot cut the mask")
+
+
 def test_areas_share_their_edges(comfy):
     """Edges that fall between cells are rounded alike on both sides: no cell is without a prompt."""
     graph = regional()
@@ -439,6 +454,18 @@ def test_areas_share_their_edges(comfy):
         alone(comfy, graph, ["other", 0], 6, 0, 6, 8),
     ]
     assert away(found, torch.cat(joined, dim=-1)) < 1e-5
+
+
+def test_shares_of_a_video_are_in_our_cells_too(comfy):
+    """The stock node for videos says frames as well; the same half as the one for pictures says."""
+    graph = {**i2v(), "other": text("a boat", target="video"), "half": share(0.5, 0.0, 0.5, 1.0)}
+    inputs = {"width": 0.5, "height": 1.0, "temporal": 1.0, "x": 0.5, "y": 0.0, "z": 0.0, "strength": 1.0}
+    graph["video"] = node("ConditioningSetAreaPercentageVideo", conditioning=POSITIVE, **inputs)
+    found = []
+    for region in ("half", "video"):
+        both = node("ConditioningCombine", conditioning_1=[region, 0], conditioning_2=["other", 0])
+        found.append(samples(comfy, lance({**graph, "both": both}, positive=["both", 0], cfg=1.0, steps=1)))
+    assert torch.equal(*found)
 
 
 def test_an_area_past_the_edge_is_cut_and_one_outside_refused(comfy):
