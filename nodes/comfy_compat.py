@@ -30,6 +30,7 @@ from ..lance_core.checkpoint.quantize import Format, marker
 from ..lance_core.config import VAEConfig
 from ..lance_core.model.attention import fold_groups, unfold_groups
 from ..lance_core.model.ops import are_few, few_rows
+from ..lance_core.model.rope import GridScale
 
 try:
     from comfy import quant_ops
@@ -279,9 +280,11 @@ def set_up_vae(
 # -----------------------------------------------------------------------------------
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool = False, options: dict[str, Any] | None = None
+) -> Tensor:
     """`lance_core.model.attention.attention` by ComfyUI's attention, so that the user's choice of backend
-    holds.
+    holds: for all models, or by a node for one, which is in the model's `transformer_options`.
 
     Query heads that share a key head are laid one after the other along the queries, so keys are never
     expanded and any backend will do. The user's interrupt is checked here, once a layer.
@@ -291,7 +294,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
     n, heads, groups, keys = q.shape[1], q.shape[2], k.shape[2], k.shape[1]
     k, v = k.transpose(1, 2), v.transpose(1, 2)
     if not causal or n == 1:
-        return _grouped(q, k, v, groups)
+        return _grouped(q, k, v, groups, options=options)
     # Long prompts go through a stretch of queries at a time, against the keys they see: a whole mask would
     # have a row for every query of every head that shares a key head, and gigabytes at 20,000 tokens.
     stretch = max(1, MASK_ELEMENTS // (heads // groups * keys))
@@ -306,10 +309,21 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def _grouped(q: Tensor, k: Tensor, v: Tensor, groups: int, mask: Tensor | None = None) -> Tensor:
-    """ComfyUI's attention of q [b, n, heads, width] over k, v [b, groups, keys, width]."""
+def _grouped(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    groups: int,
+    mask: Tensor | None = None,
+    options: dict[str, Any] | None = None,
+) -> Tensor:
+    """ComfyUI's attention of q [b, n, heads, width] over k, v [b, groups, keys, width].
+
+    options: not with a mask, which backends that nodes choose ignore or refuse.
+    """
+    chosen = {} if options is None else {"transformer_options": options}
     out = optimized_attention(
-        fold_groups(q, groups), k, v, groups, mask=mask, skip_reshape=True, skip_output_reshape=True
+        fold_groups(q, groups), k, v, groups, mask=mask, skip_reshape=True, skip_output_reshape=True, **chosen
     )
     return unfold_groups(out, q.shape[2])
 
@@ -367,3 +381,27 @@ def video_file(video: Any) -> Any | None:
 def has_wrapper(patcher: Any, kind: str, key: str) -> bool:
     """Whether some node has put a wrapper of this kind and key on the model."""
     return bool(patcher is not None and patcher.get_wrappers(kind, key))
+
+
+def hook_strengths(patcher: Any) -> tuple:
+    """The conditioning hooks that patch a model's weights just now, each with its strength, which keyframes
+    change from step to step.
+    """
+    group = getattr(patcher, "current_hooks", None)
+    return () if group is None else tuple((hook, hook.strength) for hook in group.hooks)
+
+
+def grid_scale(options: Mapping[str, Any]) -> GridScale | None:
+    """What the node ScaleROPE has put into `transformer_options`; None where nothing is scaled."""
+    given = options.get("rope_options") or {}
+    scale, shift = (
+        tuple(float(given.get(f"{name}_{axis}", default)) for axis in "tyx")
+        for name, default in (("scale", 1.0), ("shift", 0.0))
+    )
+    found = GridScale(scale, shift)  # type: ignore[arg-type]
+    return None if found == GridScale() else found
+
+
+def uncompiled(module: nn.Module) -> nn.Module:
+    """What torch.compile has wrapped; ComfyUI puts the wrapper in the module's place for the call."""
+    return getattr(module, "_orig_mod", module)

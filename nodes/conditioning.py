@@ -5,30 +5,33 @@ other.
 
     Lance Text Encode   Encoded: token ids of the prompt and the negative, embeddings of pictures
     CONDITIONING        Prompt: one branch of an Encoded
-    sampling starts     Run: an Encoded planned for the latent's size, its context filled by the first model
-    call
-    a model call        RowsCond: the runs and branches that the call's rows belong to
-
-Keys and values are computed anew at the start of every sampling run, because LoRAs may have changed the
-weights, and once for the positive and negative of one encode, which share their prefix.
+    sampling            see contexts.py
 """
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..lance_core.config import Grid, pixel_size
+from ..lance_core.config import MAX_FRAMES, Grid, latent_frames, pixel_size
 from ..lance_core.errors import RequestError
-from ..lance_core.inputs.tasks import check_size, resolve_frames
-from ..lance_core.model.dual_expert import DualExpert, Plan, Prepared, Row
-from ..lance_core.model.sequence import Branch, Role, Sequence, TargetSegment, clean_latents
+from ..lance_core.inputs.tasks import check_size
+from ..lance_core.model.dual_expert import Plan
+from ..lance_core.model.rope import GridScale
+from ..lance_core.model.sequence import (
+    Branch,
+    Role,
+    Segment,
+    Sequence,
+    TargetSegment,
+    clean_latents,
+    is_clean,
+)
+from .windows import Window
 
 KEY = "lance"
 
@@ -46,27 +49,47 @@ class Encoded:
     video: bool
     tokens_per_second: float
 
-    def plan(self, grid: Grid) -> Plan:
+    def plan(self, grid: Grid, window: Window | None = None, scale: GridScale | None = None) -> Plan:
         """Both branches for a target of `grid` latent cells; nothing is computed yet.
+
+        window: where they lie in the whole latent, if they are a part of it. scale: see `rope.positions`.
 
         Raises:
             RequestError: the latent does not fit what was encoded.
         """
-        self._check(grid)
-        sequence = replace(self.sequence, target=TargetSegment(grid))
-        return Plan.of(sequence, self.tokens_per_second, True, self.negative)
+        context = tuple(self._cut(s, window) for s in self.sequence.context)
+        self._check(grid, context, window)
+        sequence = replace(self.sequence, context=context, target=TargetSegment(grid))
+        return Plan.of(sequence, self.tokens_per_second, True, self.negative, scale)
 
-    def _check(self, grid: Grid) -> None:
+    @property
+    def edits(self) -> bool:
+        """Whether the target has a source, whose cells are its own."""
+        return any(s.role is Role.SOURCE for s in clean_latents(self.sequence.context))
+
+    @staticmethod
+    def _cut(segment: Segment, window: Window | None) -> Segment:
+        if window is None or segment.role is not Role.SOURCE or not is_clean(segment):
+            return segment
+        return window.of_segment(segment)
+
+    def _check(self, grid: Grid, context: tuple[Segment, ...], window: Window | None) -> None:
         width, height, frames = pixel_size(grid)
         check_size(width, height)
-        resolve_frames(frames)
+        if grid[0] - (window is not None and window.anchored) > latent_frames(MAX_FRAMES):
+            what = "context window" if window is not None else "latent"
+            raise RequestError(
+                f"The {what} has {frames} frames and the model makes at most {MAX_FRAMES} at once: make it "
+                "shorter, or put Wan Context Windows (or Context Windows (Manual) with dim 2) on the model, "
+                f"with windows of up to {MAX_FRAMES} frames."
+            )
         if not self.video and grid[0] > 1:
             raise RequestError(
                 f"The latent has {grid[0]} latent frames and the prompt was encoded for an image: set Lance "
                 "Text "
                 "Encode's target to video, or frames to 1 on the latent."
             )
-        for segment in clean_latents(self.sequence.context):
+        for segment in clean_latents(context):
             if segment.role is Role.SOURCE and segment.grid != grid:
                 raise RequestError(
                     f"The latent is {size_text(grid)} and what is to be edited was encoded as "
@@ -138,111 +161,3 @@ def prompt_of(conds: dict[str, Any]) -> Prompt:
     if isinstance(cross, Tensor) and not bool(cross.any()):
         return prompt.zeroed()
     return prompt
-
-
-@dataclass(eq=False)
-class Run:
-    """An encode in one sampling run: planned, and prepared from its first model call on."""
-
-    encoded: Encoded
-    plan: Plan
-    prepared: Prepared | None = None
-
-    def row(self, model: DualExpert, branch: Branch) -> Row:
-        """One of its branches, its context computed now unless that is done."""
-        if self.prepared is None:
-            self.prepared = model.prefill(self.plan, branch)
-        else:
-            model.prefill_branch(self.prepared, branch)
-        return Row(self.prepared, branch)
-
-
-class Store:
-    """The runs that are going on, shared by the conditionings of one encode.
-
-    Held weakly: a context lives as long as the run's conditionings do, and no longer.
-    """
-
-    def __init__(self) -> None:
-        self._runs: weakref.WeakValueDictionary[tuple, Run] = weakref.WeakValueDictionary()
-
-    def run(self, encoded: Encoded, grid: Grid, weights: Any) -> Run:
-        """The encode's run at a size; `weights` changes when patched weights do."""
-        key = (id(encoded), grid, weights)
-        run = self._runs.get(key)
-        if run is None:
-            # The run holds `encoded`, which keeps the id in the key from being used again.
-            run = self._runs[key] = Run(encoded, encoded.plan(grid))
-        return run
-
-
-class ContextShape(list):
-    """[1, 1, tokens] for ComfyUI's memory estimates, which can tell from it which conditionings share a
-    context.
-    """
-
-    def __init__(self, encoded: Encoded) -> None:
-        super().__init__([1, 1, encoded.context_tokens])
-        self.encoded = encoded
-
-
-class RowsCond:
-    """ComfyUI's condition protocol, so that positive and negative can run in one forward: what the rows of a
-    model call run against, in chunks. Row r of B belongs to branch r // (B / n).
-
-    at: the run for a target of another grid, for conditionings that are set to an area.
-    """
-
-    def __init__(
-        self, model: DualExpert, branches: list[tuple[Run, Branch]], at: Callable[[Grid], Run], joinable: bool
-    ) -> None:
-        self.model, self.branches, self.at, self.joinable = model, branches, at, joinable
-        self.filled: list[Row] = []
-
-    @classmethod
-    def of(
-        cls, model: DualExpert, store: Store, prompt: Prompt, grid: Grid, weights: Any, joinable: bool
-    ) -> RowsCond:
-        """What `LanceModel.extra_conds` gives; runs stay alive with it."""
-        at = cache(lambda grid: store.run(prompt.encoded, grid, weights))
-        return cls(model, [(at(grid), prompt.branch)], at, joinable)
-
-    @property
-    def cond(self) -> RowsCond:
-        """What the model is called with where nothing is joined."""
-        return self
-
-    def process_cond(self, batch_size: int, area: Any = None, **kwargs: Any) -> RowsCond:
-        ((run, branch),) = self.branches
-        run = run if area is None else self.at(tuple(area[: len(area) // 2]))
-        return RowsCond(self.model, [(run, branch)], self.at, self.joinable)
-
-    def can_concat(self, other: Any) -> bool:
-        return isinstance(other, RowsCond) and self.joinable and other.joinable
-
-    def concat(self, others: list[RowsCond]) -> RowsCond:
-        joined = [branch for cond in (self, *others) for branch in cond.branches]
-        return RowsCond(self.model, joined, self.at, self.joinable)
-
-    def size(self) -> ContextShape:
-        return ContextShape(self.branches[0][0].encoded)
-
-    def fill(self, grid: Grid) -> None:
-        """Compute the contexts that are still missing.
-
-        Raises:
-            RequestError: they were planned for another size than the `grid` that is to be denoised.
-        """
-        for run, _ in self.branches:
-            if run.plan.grid != grid:
-                raise RequestError(
-                    f"A node between Lance Loader and the sampler denoises {size_text(grid)} of a latent of "
-                    f"{size_text(run.plan.grid)}; Lance cannot be cut up like that: remove it (context "
-                    "windows, for "
-                    "instance)."
-                )
-        self.filled = [run.row(self.model, branch) for run, branch in self.branches]
-
-    def per_row(self, batch: int) -> list[Row]:
-        """The branch of each of `batch` rows, after `fill`."""
-        return [self.filled[r * len(self.filled) // batch] for r in range(batch)]

@@ -4,10 +4,11 @@ understanding expert beside it as an additional model. Thin: the mathematics is 
 
 from __future__ import annotations
 
+import logging
 import math
+from functools import partial
 from typing import Any
 
-import comfy.conds
 import comfy.latent_formats
 import comfy.model_base
 import comfy.model_management as mm
@@ -24,9 +25,13 @@ from ..lance_core.model.joined import joined_rows
 from ..lance_core.model.memory import DenoisingMemory
 from ..lance_core.model.sequence import MARKERS
 from . import comfy_compat, patcher, quant
-from .conditioning import ContextShape, RowsCond, Store, prompt_of
+from .conditioning import prompt_of
+from .contexts import CleanCond, CleanPart, ContextShape, Place, Rows, RowsCond, Store
+from .last_call import LastCall
 from .latents import check_latent
+from .layer_patches import LayerPatches, PatchedLayers
 from .patcher import NO_WEIGHT, UND, UND_PREFIX, ExpertRouting, Places
+from .windows import Window
 
 
 class LanceFamily(comfy.supported_models_base.BASE):
@@ -75,7 +80,7 @@ class Denoiser(Generation):
         context: Any = None,
         transformer_options: dict | None = None,
         *,
-        lance: RowsCond,
+        lance: Rows,
         **kwargs: Any,
     ) -> Tensor:
         """x: [b, 48, t, h, w]; timestep: [b] or, with clean frames, [b, t], in 0..1000. Returns the velocity,
@@ -84,7 +89,16 @@ class Denoiser(Generation):
         t = timestep / 1000
         if t.ndim == 1:
             t = t[:, None].expand(-1, x.shape[2])
-        velocity = lance.model.velocity(lance.per_row(x.shape[0]), x.permute(0, 2, 3, 4, 1), t)
+        options = transformer_options if transformer_options is not None else {}
+        layers = len(self.layers)
+        patches = LayerPatches.of(options, layers)
+        velocity = lance.model.velocity(
+            lance.per_row(x.shape[0]),
+            x.permute(0, 2, 3, 4, 1),
+            t,
+            attention=partial(comfy_compat.attention, options=options),
+            hooks=PatchedLayers(patches, options, x, t, layers) if patches.active else None,
+        )
         return velocity.permute(0, 4, 1, 2, 3)
 
 
@@ -103,6 +117,7 @@ class LanceModel(comfy.model_base.BaseModel):
         self.understanding_names = [f"{UND_PREFIX}{name}" for name in (*understanding.state_dict(), *joined)]
         self.places = Places(joined_rows(self.diffusion_model), joined)
         self.store = Store()
+        self.last_call, self.warned = LastCall(), False
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -113,13 +128,13 @@ class LanceModel(comfy.model_base.BaseModel):
         """The understanding expert's patcher."""
         return self.current_patcher.get_additional_models_with_key(UND)[0]
 
-    def experts(self, device: torch.device) -> DualExpert:
-        """Both experts as lance_core runs them."""
+    def experts(self, device: torch.device, options: dict[str, Any]) -> DualExpert:
+        """Both experts as lance_core runs them, for a call's `transformer_options`."""
         return DualExpert(
             self.llm,
             self.understanding.model,
-            self.diffusion_model,
-            attention=comfy_compat.attention,
+            comfy_compat.uncompiled(self.diffusion_model),  # type: ignore[arg-type]
+            attention=partial(comfy_compat.attention, options=options),
             dtype=self.compute_dtype,
             device=device,
         )
@@ -127,21 +142,15 @@ class LanceModel(comfy.model_base.BaseModel):
     # -- conditioning ----------------------------------------------------------------------------------------
 
     def extra_conds(self, **kwargs: Any) -> dict[str, Any]:
-        """Called once a conditioning and sampling run, weights loaded: which context its rows run against."""
-        noise, patcher = kwargs["noise"], self.current_patcher
-        # What decides the weights a context is computed with; conditioning hooks change them from one
-        # conditioning to the next.
-        weights = (patcher.patches_uuid, self.understanding.patches_uuid, kwargs.get("hooks"))
+        """Called once a conditioning and sampling run, weights loaded."""
         # The stock EasyCache of older hosts mistakes a guidance batch for one prediction.
-        joinable = not comfy_compat.has_wrapper(patcher, px.WrappersMP.DIFFUSION_MODEL, "easycache")
-        experts, grid = self.experts(kwargs["device"]), tuple(noise.shape[2:])
-        out = {"lance": RowsCond.of(experts, self.store, prompt_of(kwargs), grid, weights, joinable)}
+        easy = comfy_compat.has_wrapper(self.current_patcher, px.WrappersMP.DIFFUSION_MODEL, "easycache")
+        out: dict[str, Any] = {"lance": RowsCond.of(self.store, prompt_of(kwargs), joinable=not easy)}
         mask = kwargs.get("denoise_mask")
         if mask is not None:
             clean = clean_frames(mask)
             if bool(clean.any()):
-                out["lance_clean"] = comfy.conds.CONDRegular(clean.to(noise.dtype))
-                out["lance_latent"] = comfy.conds.CONDNoiseShape(kwargs["latent_image"])
+                out["lance_clean"] = CleanCond([CleanPart(clean, kwargs["latent_image"])])
         return out
 
     def extra_conds_shapes(self, **kwargs: Any) -> dict[str, Any]:
@@ -153,16 +162,69 @@ class LanceModel(comfy.model_base.BaseModel):
         """Frames that are kept clean are at timestep 0: [b] -> [b, t] where there are any."""
         return timestep if lance_clean is None else timestep[:, None] * (1 - lance_clean.to(timestep))
 
-    def _apply_model(self, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        kwargs["lance"].fill(tuple(x.shape[2:]))  # here, outside of what may be compiled or cached
-        clean, latent = kwargs.get("lance_clean"), kwargs.pop("lance_latent", None)
-        kwargs.pop("c_crossattn", None)
-        if clean is None:
-            return super()._apply_model(x, t, *args, **kwargs)
-        shown = torch.where(clean[:, None, :, None, None] > 0, latent.to(x), x)
+    def resize_cond_for_context_window(
+        self, key: str, value: Any, *args: Any, retain_index_list: Any = (), **kwargs: Any
+    ) -> Any:
+        """Newer ComfyUIs ask how a condition is cut for a window; `_apply_model` cuts for all of them."""
+        if isinstance(value, CleanCond) and 0 in retain_index_list:
+            return value.retaining()
+        return value if isinstance(value, CleanCond | RowsCond) else None
+
+    def _apply_model(
+        self,
+        x: Tensor,
+        t: Tensor,
+        c_concat: Any = None,
+        c_crossattn: Any = None,
+        control: Any = None,
+        transformer_options: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        options = transformer_options if transformer_options is not None else {}
+        window = Window.of(options)
+        place = Place((x.shape[2], x.shape[3], x.shape[4]), window, comfy_compat.grid_scale(options))
+        weights = self._weights()
+        patches = LayerPatches.of(options, self.llm.num_layers)
+        call = self.last_call.of(options, x, t, place, (weights, patches.effect))
+        if patches.unused:
+            self._warn(patches)
+            known = self.last_call.known(call)
+            if known is not None:
+                return known
+        # Contexts are computed here, outside of what may be compiled or cached.
+        kwargs["lance"] = kwargs["lance"].rows(self.experts(x.device, options), self, place, weights)
+        out = self._denoised(x, t, window, control=control, transformer_options=options, **kwargs)
+        self.last_call.keep(call, out)
+        return out
+
+    def _denoised(
+        self, x: Tensor, t: Tensor, window: Window | None, lance_clean: CleanCond | None = None, **kwargs: Any
+    ) -> Tensor:
+        if lance_clean is None:
+            return super()._apply_model(x, t, **kwargs)
+        clean, latent = lance_clean.at(x, window)
+        shown = torch.where(clean[:, None, :, None, None], latent, x)
         # Guidance takes the velocity to be (x - denoised) / sigma, and its norm is over all frames, clean
         # ones included.
-        return super()._apply_model(shown, t, *args, **kwargs) + (x - shown)
+        return super()._apply_model(shown, t, lance_clean=clean.to(x.dtype), **kwargs) + (x - shown)
+
+    def _warn(self, patches: LayerPatches) -> None:
+        """Once a sampling run."""
+        if not self.warned:
+            self.warned = True
+            logging.warning(
+                "Lance has no layers for what a node has put on the model, so it does nothing: "
+                f"{patches.unused_text()}. Such nodes are made for UNets or for models of other layers."
+            )
+
+    def forget_calls(self) -> None:
+        """Sampling is over."""
+        self.last_call, self.warned = LastCall(), False
+
+    def _weights(self) -> Any:
+        """Changes when the weights' patches do; conditioning hooks change them from call to call."""
+        main = self.current_patcher
+        return main.patches_uuid, self.understanding.patches_uuid, comfy_compat.hook_strengths(main)
 
     def process_latent_in(self, latent: Tensor) -> Tensor:
         check_latent(latent)
@@ -199,6 +261,11 @@ class LanceModel(comfy.model_base.BaseModel):
 def clean_frames(mask: Tensor) -> Tensor:
     """Denoise mask [b, c, t, h, w] -> bool [b, t]: frames nothing of which is to be denoised."""
     return mask.amax(dim=(1, 3, 4)) == 0
+
+
+def forget_calls(patcher: Any, *args: Any) -> None:
+    """ON_CLEANUP callback: sampling is over, and its tensors are let go."""
+    patcher.model.forget_calls()
 
 
 def restore_clean(
@@ -239,5 +306,6 @@ def build(
     main = patcher.make_patcher(model, ExpertRouting, disable_dynamic=disable_dynamic)
     main.set_additional_models(UND, [understanding])
     main.add_wrapper_with_key(px.WrappersMP.OUTER_SAMPLE, "lance_restore", restore_clean)
+    main.add_callback_with_key(px.CallbacksMP.ON_CLEANUP, "lance_calls", forget_calls)
     main.add_wrapper_with_key(px.WrappersMP.PREPARE_SAMPLING, "lance_placement", patcher.main_first)
     return main

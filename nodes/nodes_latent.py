@@ -17,12 +17,14 @@ from ..lance_core.config import (
     MAX_LATENT_SIDE,
     OUTPUT_FPS,
     RELEASED_LLM,
+    latent_frames,
     latent_grid,
+    pixel_frames,
 )
 from ..lance_core.errors import RequestError
 from ..lance_core.inputs.preprocess import crop_resize, vae_size
 from ..lance_core.inputs.sizes import PRESETS
-from ..lance_core.inputs.tasks import SIZES, check_size, resolve_frames
+from ..lance_core.inputs.tasks import SIZES, check_size
 from ..lance_core.model.experts import expert_parameters
 from ..lance_core.model.memory import DenoisingMemory
 from . import comfy_compat, latents, pictures
@@ -32,6 +34,7 @@ CUSTOM = "custom"
 SIZE_PRESETS = list(SIZES)
 VIDEO_PRESETS = ["video_480p", "video_360p", "video_192p"]
 MAX_SIDE = MAX_LATENT_SIDE * CELL
+LONGEST = 1201  # frames of a latent that context windows sample
 WIDEST = max(side for by_aspect in SIZES.values() for size in by_aspect.values() for side in size)
 ASPECTS = list(SIZES["image_768res"])
 
@@ -41,11 +44,16 @@ def _frames_input(default: int) -> io.Int.Input:
         "frames",
         default=default,
         min=1,
-        max=MAX_FRAMES,
+        max=LONGEST,
         step=FRAMES_PER_LATENT,
         tooltip=f"1 makes an image. Videos have 4k+1 frames at {OUTPUT_FPS} a second, at most {MAX_FRAMES} "
-        f"({MAX_FRAMES // OUTPUT_FPS} s).",
+        f"({MAX_FRAMES // OUTPUT_FPS} s), or more with Wan Context Windows on the model.",
     )
+
+
+def _frames(asked: int) -> int:
+    """Frames of a latent, lowered to 4k+1. How many the model makes at once is known when it samples."""
+    return pixel_frames(latent_frames(asked))
 
 
 BF16 = 2  # bytes
@@ -132,7 +140,7 @@ class EmptyLanceLatent(io.ComfyNode):
         cls, size: str, aspect: str, width: int, height: int, frames: int, batch_size: int
     ) -> io.NodeOutput:
         w, h = check_size(width, height) if size == CUSTOM else SIZES[size][aspect]
-        grid = latent_grid(w, h, resolve_frames(frames))
+        grid = latent_grid(w, h, _frames(frames))
         return io.NodeOutput({"samples": latents.empty_latent(grid, batch_size)})
 
 
@@ -193,7 +201,7 @@ class LanceImageToVideoLatent(io.ComfyNode):
         )
         first = pictures.encode_frames(vae, crop_resize(picture, (w, h))[None])
         samples = comfy.latent_formats.Wan22().process_out(
-            latents.empty_latent(latent_grid(w, h, resolve_frames(frames)))
+            latents.empty_latent(latent_grid(w, h, _frames(frames)))
         )
         samples[:, :, :1] = first.to(samples)
         mask = torch.ones_like(samples[:, :1])

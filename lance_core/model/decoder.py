@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..config import LLMConfig
 from .joined import JOINED, JoinsOnLoad, joined_in, joined_linear
 from .kv_cache import Attend
+from .layer_hooks import Layer, LayerHooks
 from .ops import TorchOps
 from .rope import rotate_into
 from .side_stream import SideStream
@@ -204,10 +205,12 @@ def decoder_layer(
     cos: Tensor,
     sin: Tensor,
     attend: Attend,
+    hooks: LayerHooks | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """One dual-stream layer.
 
-    und: [b, u, hidden]; gen: [b, g, hidden] or None; cos, sin: [b or 1, u + g, width], markers first.
+    und: [b, u, hidden]; gen: [b, g, hidden] or None; cos, sin: [b or 1, u + g, width], markers first. Of
+    `hooks`, only `attended`.
     """
     split = und.shape[1]
     q, k, v = _heads(und_layer, und, split + (0 if gen is None else gen.shape[1]))
@@ -216,6 +219,8 @@ def decoder_layer(
         gen_layer.project(gen, cos[:, split:], sin[:, split:], *(t[:, split:] for t in (q, k, v)))
     out = attend(index, q, k, v)
     del q, k, v  # a video's are hundreds of megabytes
+    if hooks is not None:
+        out = hooks.attended(index, out, split)
     und = und_layer.finish(und, out[:, :split])
     if gen is not None and gen_layer is not None:
         gen = gen_layer.finish(gen, out[:, split:])
@@ -252,19 +257,39 @@ def run_layers(
     sin: Tensor,
     attend: Attend,
     side: SideStream | None = None,
+    hooks: LayerHooks | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """All layers; see `decoder_layer`. `gen_layers` is needed only when there are generation tokens.
 
     Without autograd `gen` is overwritten; `und` is not, so that marker embeddings can be shared. side: a
     second stream for the understanding expert's few tokens, beside the generation expert's many; the result
-    is the same.
+    is the same. hooks: around the layers, for which `gen` is needed; the second stream is left alone then.
     """
     und = und.clone()
+    if hooks is not None and gen is not None and gen_layers is not None:
+        return _run_hooked(list(und_layers), list(gen_layers), und, gen, cos, sin, attend, hooks)
     if side is not None and gen is not None and gen_layers is not None and not torch.is_grad_enabled():
         return _run_beside(list(und_layers), list(gen_layers), und, gen, cos, sin, attend, side)
     gen_halves = [None] * len(und_layers) if gen is None or gen_layers is None else list(gen_layers)
     for i, (und_layer, gen_layer) in enumerate(zip(und_layers, gen_halves, strict=True)):
         und, gen = decoder_layer(i, und_layer, gen_layer, und, gen, cos, sin, attend)
+    return und, gen
+
+
+def _run_hooked(
+    und_layers: list[ExpertLayer],
+    gen_layers: list[ExpertLayer],
+    und: Tensor,
+    gen: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    attend: Attend,
+    hooks: LayerHooks,
+) -> tuple[Tensor, Tensor]:
+    """`run_layers` with `hooks` around each layer."""
+    for i, (und_layer, gen_layer) in enumerate(zip(und_layers, gen_layers, strict=True)):
+        run = partial(decoder_layer, i, und_layer, gen_layer, cos=cos, sin=sin, attend=attend, hooks=hooks)
+        und, gen = hooks.around(i, und, gen, cast("Layer", run))
     return und, gen
 
 

@@ -19,6 +19,7 @@ from .attention import Attention, attention
 from .decoder import run_layers
 from .experts import Generation, Understanding, latent_positions
 from .kv_cache import Attend, AttendTargets, Context, Region
+from .layer_hooks import LayerHooks
 from .plan import Plan, Prepared, Row
 from .sequence import MARKERS, Branch, Kind, Placed, Sequence, TextSegment, merge_text
 from .side_stream import SideStream
@@ -143,12 +144,20 @@ class DualExpert:
 
     # -- denoising -------------------------------------------------------------------------------------------
 
-    def velocity(self, rows: SequenceOf[Row], x: Tensor, t: Tensor) -> Tensor:
+    def velocity(
+        self,
+        rows: SequenceOf[Row],
+        x: Tensor,
+        t: Tensor,
+        attention: Attention | None = None,
+        hooks: LayerHooks | None = None,
+    ) -> Tensor:
         """Velocity (noise - data) of noisy latents.
 
         Args:
             rows: what each row runs against; rows may belong to different prompts of one target size.
             x: [rows, frames, h, w, 48]; t: [rows, frames] in 0..1, per latent frame (0 keeps a frame clean).
+            attention: for this call, instead of the model's. hooks: around the layers.
 
         Returns: float32, shaped like x.
         """
@@ -158,8 +167,8 @@ class DualExpert:
         und = first.markers.expand(len(rows), -1, -1)
         ropes = [r.prepared.rope[r.branch] for r in rows]
         cos, sin = (torch.cat(part) for part in zip(*ropes, strict=True))
-        attend = AttendTargets([(r.prepared.context, r.branch) for r in rows], self.attention)
-        _, gen = run_layers(self.und.layers, expert.layers, und, gen, cos, sin, attend, self.side)
+        attend = AttendTargets([(r.prepared.context, r.branch) for r in rows], attention or self.attention)
+        _, gen = run_layers(self.und.layers, expert.layers, und, gen, cos, sin, attend, self.side, hooks)
         return expert.llm2vae(expert.norm(gen)).float().unflatten(1, x.shape[1:4])
 
     # -- text ------------------------------------------------------------------------------------------------

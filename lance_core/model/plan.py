@@ -33,19 +33,19 @@ class Plan:
         tokens_per_second: float,
         guided: bool,
         negative: SequenceOf[int] | None = None,
+        scale: rope.GridScale | None = None,
     ) -> Plan:
         """Conditional and, if guided, unconditional branch of `sequence`; `negative` ids take the caption's
-        place.
+        place. scale: see `rope.positions`.
         """
         split = sequence.caption
-        branches = [(sequence, rope.positions(sequence, tokens_per_second))]
+        branches = [(sequence, rope.positions(sequence, tokens_per_second, scale))]
         if guided and negative:
             other = sequence.with_caption(negative)
-            branches.append((other, rope.positions(other, tokens_per_second)))
+            branches.append((other, rope.positions(other, tokens_per_second, scale)))
         elif guided:
-            branches.append(
-                (sequence.without_caption(), rope.unconditional_positions(sequence, tokens_per_second))
-            )
+            without = rope.unconditional_positions(sequence, tokens_per_second, scale)
+            branches.append((sequence.without_caption(), without))
         named = dict(zip(Branch, branches, strict=False))
         placed = {
             b: [Placed(*pair) for pair in zip(s.context, p, strict=False)] for b, (s, p) in named.items()

@@ -1,22 +1,42 @@
 """Three-axis rotary positions with modality offsets, and the cos/sin tables made from them once per pass.
 
-Positions are int64 [3, n] (time, row, column) in a segment's storage order: markers first.
+Positions are int64 [3, n] (time, row, column) in a segment's storage order: markers first; scaled ones
+(`GridScale`) are float32.
 Frequencies are rounded to bfloat16, at every compute dtype: these are the ones the weights were trained with.
 Source: Qwen2.5-VL's mrope (arXiv 2502.13923, section 2.1.2) and the released Lance inference code's offsets.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from ..config import LLMConfig
-from .sequence import Kind, Role, Segment, Sequence, TargetSegment, TextSegment
+from .sequence import MARKERS, Kind, Role, Segment, Sequence, TargetSegment, TextSegment
 
 VIT_OFFSET = 1000  # where the time axis of ViT tokens starts
 SUBJECT_OFFSET = 2000  # where the time axis of subject latents starts
 ROPE_CHUNK = 8192  # tokens rotated at once
 CPU_ROPE_CHUNK = 512  # the same on a CPU, whose caches should hold their float32 copies; measured
+
+
+class GridScale(NamedTuple):
+    """Positions of latent cells stretched and moved: cell i of an axis stands at shift + i * scale instead of
+    at i. Axes are time, row, column; both are in latent cells.
+    """
+
+    scale: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    shift: tuple[float, float, float] = (0.0, 0.0, 0.0)
+
+    def apply(self, grid: Tensor, tokens_per_second: float) -> Tensor:
+        """Positions [3, n] counted from the grid's first cell -> float32 of the same shape. A latent frame
+        takes `tokens_per_second` positions of the time axis.
+        """
+        frames = torch.tensor([tokens_per_second, 1.0, 1.0])
+        scale, shift = (torch.tensor(part)[:, None] for part in (self.scale, self.shift))
+        return grid * scale + shift * frames[:, None]
 
 
 def _lay_out(segments: tuple[Segment | TargetSegment, ...], tokens_per_second: float) -> list[Tensor]:
@@ -42,9 +62,11 @@ def _lay_out(segments: tuple[Segment | TargetSegment, ...], tokens_per_second: f
     return out
 
 
-def positions(sequence: Sequence, tokens_per_second: float) -> list[Tensor]:
+def positions(sequence: Sequence, tokens_per_second: float, scale: GridScale | None = None) -> list[Tensor]:
     """Positions of every segment, target last; offsets applied when there is a target (understanding has
     none).
+
+    scale: of the cells of the target and of what it is an edit of; nothing else moves.
     """
     segments = sequence.segments
     out = _lay_out(segments, tokens_per_second)
@@ -56,20 +78,33 @@ def positions(sequence: Sequence, tokens_per_second: float) -> list[Tensor]:
             shift = torch.tensor([offset - int(out[chosen[0]][0, 0]), 0, 0])[:, None]
             for i in chosen:
                 out[i] = out[i] + shift
+    if scale is not None:
+        edited = [i for i, s in enumerate(segments) if s.kind is Kind.CLEAN and s.role is Role.SOURCE]
+        for i in (*edited, -1):
+            out[i] = _scaled(out[i], scale, tokens_per_second)
     if sequence.source is not None:
         out[-1] = out[sequence.source]
     return out
 
 
-def unconditional_positions(sequence: Sequence, tokens_per_second: float) -> list[Tensor]:
+def _scaled(position: Tensor, scale: GridScale, tokens_per_second: float) -> Tensor:
+    """A visual segment's positions with its cells scaled; its markers stay."""
+    markers, grid = position[:, :MARKERS], position[:, MARKERS:]
+    first = grid[:, :1]
+    return torch.cat([markers.float(), first + scale.apply(grid - first, tokens_per_second)], dim=1)
+
+
+def unconditional_positions(
+    sequence: Sequence, tokens_per_second: float, scale: GridScale | None = None
+) -> list[Tensor]:
     """Positions of `sequence.without_caption()`: the context keeps its conditional ones, a gap where the
     caption was; only the target is placed afresh, as if the caption had never been there."""
     kept = [
         p
-        for s, p in zip(sequence.segments, positions(sequence, tokens_per_second), strict=True)
+        for s, p in zip(sequence.segments, positions(sequence, tokens_per_second, scale), strict=True)
         if s.role is not Role.CAPTION
     ]
-    return [*kept[:-1], positions(sequence.without_caption(), tokens_per_second)[-1]]
+    return [*kept[:-1], positions(sequence.without_caption(), tokens_per_second, scale)[-1]]
 
 
 def trained_frequencies(theta: float, width: int) -> Tensor:

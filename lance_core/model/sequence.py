@@ -85,6 +85,13 @@ class VisualSegment:
         """Number of tokens, markers included."""
         return self.visual + MARKERS
 
+    def cut(self, axis: int, indices: Iterable[int]) -> VisualSegment:
+        """A clean latent's cells at `indices` of an axis: 0 time, 1 row, 2 column."""
+        chosen = torch.tensor(list(indices), device=self.data.device)
+        data = self.data.index_select(axis, chosen)
+        t, h, w = data.shape[:3]
+        return replace(self, grid=(t, h, w), data=data)
+
 
 @dataclass(frozen=True, eq=False)
 class TargetSegment:

@@ -27,7 +27,7 @@ const WORDS = {
     linked: "size comes from a connected input",
     large: (side) => `more than ${side} pixels a side: will be refused`,
     small: "less than 16 pixels a side: will be refused",
-    long: (n) => `more than ${n} frames: will be refused`,
+    long: (n) => `more than ${n} frames: only with Wan Context Windows on the model`,
     hint:
       "≈ before a size: as many pixels, in the start image's shape. Tokens are latent cells. The memory is an estimate of what keeps everything on the GPU while denoising with guidance; " +
       "with less, ComfyUI moves weights to RAM and back and takes longer.",
@@ -44,7 +44,7 @@ const WORDS = {
     linked: "尺寸由连接的输入决定",
     large: (side) => `单边超过 ${side} 像素：会被拒绝`,
     small: "单边不足 16 像素：会被拒绝",
-    long: (n) => `超过 ${n} 帧：会被拒绝`,
+    long: (n) => `超过 ${n} 帧：模型上须接 Wan Context Windows`,
     hint: "尺寸前的 ≈：像素数相同，比例随起始图像。token 即潜空间格子数。显存为估算值：带引导去噪时把全部内容留在 GPU 上所需；显存较少时 ComfyUI 会在内存与显存间搬运权重，速度较慢。",
   },
 };

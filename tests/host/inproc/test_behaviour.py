@@ -197,7 +197,7 @@ def test_memory_estimate_counts_the_context(comfy, monkeypatch):
 
     monkeypatch.setattr(module(comfy, "nodes.comfy_compat"), "optimized_attention", attention_pytorch)
     model = comfy.value(edit(), "loader").model
-    conditioning = module(comfy, "nodes.conditioning")
+    contexts_module = module(comfy, "nodes.contexts")
     for graph in (edit("short"), edit("long " * 200), t2i("two", width=512, height=512)):
         contexts.clear()
         positive, negative = comfy.run(graph, [("text", 0), ("text", 1)]).values
@@ -205,7 +205,7 @@ def test_memory_estimate_counts_the_context(comfy, monkeypatch):
             made = samples(comfy, lance(graph, steps=1))
         (real,) = contexts
         shapes = {"lance": [model.extra_conds_shapes(**c[0][1])["lance"] for c in (positive, negative)]}
-        assert isinstance(shapes["lance"][0], conditioning.ContextShape)
+        assert isinstance(shapes["lance"][0], contexts_module.ContextShape)
         bare = model.memory_required([2, *made.shape[1:]], {})
         counted = model.memory_required([2, *made.shape[1:]], shapes)
         reading = (
