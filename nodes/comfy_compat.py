@@ -405,3 +405,8 @@ def grid_scale(options: Mapping[str, Any]) -> GridScale | None:
 def uncompiled(module: nn.Module) -> nn.Module:
     """What torch.compile has wrapped; ComfyUI puts the wrapper in the module's place for the call."""
     return getattr(module, "_orig_mod", module)
+
+
+def is_dynamic(patcher: Any) -> bool:
+    """Whether a patcher streams its weights by newer ComfyUIs' dynamic VRAM."""
+    return hasattr(patcher, "is_dynamic") and patcher.is_dynamic()

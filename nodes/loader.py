@@ -21,16 +21,19 @@ def load(name: str, dtype: str):
     checkpoint = open_checkpoint(name)
     main, und, vit, compute = _patchers(checkpoint, dtype)
     patcher.reloadable([p for p in (main, und, vit) if p], reload, name, dtype)
-    return (
-        main,
-        Reader(checkpoint.config, checkpoint.tokenizer, und, vit, compute, name),
-        LanceVAE(checkpoint),
-    )
+    vae = LanceVAE(checkpoint)
+    patcher.reloadable([vae.patcher], reload_vae, name)
+    return main, Reader(checkpoint.config, checkpoint.tokenizer, und, vit, compute, name), vae
 
 
 def reload(name: str, dtype: str, disable_dynamic: bool = False) -> list:
     """Patchers of a checkpoint with weights of their own, in the order in which `load` makes them."""
     return [p for p in _patchers(open_checkpoint(name), dtype, disable_dynamic)[:3] if p]
+
+
+def reload_vae(name: str, disable_dynamic: bool = False) -> list:
+    """The patcher of a checkpoint's VAE with weights of its own, in a list."""
+    return [LanceVAE(open_checkpoint(name)).patcher]
 
 
 def _patchers(checkpoint: Checkpoint, dtype: str, disable_dynamic: bool = False):

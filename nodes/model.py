@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from ..lance_core.checkpoint.quantize import Format, swap
-from ..lance_core.config import RELEASED_SAMPLING, LLMConfig
+from ..lance_core.config import LATENT_CHANNELS, RELEASED_SAMPLING, LLMConfig
 from ..lance_core.model.dual_expert import DualExpert, Generation
 from ..lance_core.model.joined import joined_rows
 from ..lance_core.model.memory import DenoisingMemory
 from ..lance_core.model.sequence import MARKERS
-from . import comfy_compat, patcher, quant
+from . import comfy_compat, devices, patcher, quant
 from .conditioning import prompt_of
 from .contexts import CleanCond, CleanPart, ContextShape, Place, Rows, RowsCond, Store
 from .last_call import LastCall
@@ -45,6 +45,8 @@ class LanceFamily(comfy.supported_models_base.BASE):
 
 class Denoiser(Generation):
     """The generation expert with the forward ComfyUI's samplers, caches and compilers expect."""
+
+    in_channels = LATENT_CHANNELS  # where guidance nodes (RenormCFG) look for it
 
     def __init__(
         self,
@@ -307,5 +309,6 @@ def build(
     main.set_additional_models(UND, [understanding])
     main.add_wrapper_with_key(px.WrappersMP.OUTER_SAMPLE, "lance_restore", restore_clean)
     main.add_callback_with_key(px.CallbacksMP.ON_CLEANUP, "lance_calls", forget_calls)
+    main.add_wrapper_with_key(px.WrappersMP.PREPARE_SAMPLING, "lance_devices", devices.follow(UND))
     main.add_wrapper_with_key(px.WrappersMP.PREPARE_SAMPLING, "lance_placement", patcher.main_first)
     return main

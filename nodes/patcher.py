@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..lance_core.model.joined import Rows
-from . import comfy_compat
+from . import comfy_compat, devices
 from .quant import Patches, Quantised
 
 if TYPE_CHECKING:
@@ -210,6 +210,21 @@ class ExpertRouting(PatchesInForward):
         """This expert's weights, without the names that `LanceModel.state_dict` lends to LoRAs."""
         return {k: v for k, v in super().model_state_dict(*args, **kwargs).items() if v is not NO_WEIGHT}
 
+    def deepclone_multigpu(self, *args: Any, **kwargs: Any) -> Any:
+        """A copy with weights of its own for another device, and the understanding expert's with it."""
+        brought = self.additional_models.get(UND, [])
+        with devices.loaded_once([self, *brought]):
+            n = super().deepclone_multigpu(*args, **kwargs)
+        n.cached_patcher_init = self.cached_patcher_init
+        for copy, original in zip(n.additional_models.get(UND, []), brought, strict=True):
+            copy.cached_patcher_init = original.cached_patcher_init
+        return n
+
+    def match_multigpu_clones(self) -> None:
+        super().match_multigpu_clones()
+        for copy in self.get_additional_models_with_key("multigpu"):
+            devices.match(self, copy, UND)
+
 
 # -- making them
 # ----------------------------------------------------------------------------------------------
@@ -280,8 +295,7 @@ def main_first(executor: Callable[..., Any], model: Any, *args: Any, **kwargs: A
     memory.
     """
     brought = model.additional_models
-    dynamic = hasattr(model, "is_dynamic") and model.is_dynamic()
-    if brought and not dynamic and model.loaded_size() < model.model_size():
+    if brought and not comfy_compat.is_dynamic(model) and model.loaded_size() < model.model_size():
         try:
             model.additional_models = {}
             executor(model, *args, **kwargs)

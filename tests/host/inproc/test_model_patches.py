@@ -292,3 +292,22 @@ def test_scale_rope(comfy, graph):
     for change in ({"scale_x": 3.0}, {"shift_y": 20.0}):
         changed = samples(comfy, lance(scaled(comfy, graph(), **change), model=["rope", 0]))
         assert away(changed, without) > 1e-4
+
+
+# -- what else nodes do to a model ---------------------------------------------------------------------------
+
+
+def test_model_compute_dtype_is_both_experts(comfy):
+    """Float32 weights computing in bfloat16."""
+    plain = samples(comfy, lance(t2i()))
+    graph = {**t2i(), "dtype": node("ModelComputeDtype", model=MODEL, dtype="bf16")}
+    found = samples(comfy, lance(graph, model=["dtype", 0]))
+    assert 1e-4 < away(found, plain) < 0.2
+
+
+@pytest.mark.parametrize("build", [lance, ksampler])
+def test_renorm_cfg(comfy, build):
+    """A guidance function that asks the model for its number of channels. Lance Sampler has its own."""
+    graph = {**t2i(), "renorm": node("RenormCFG", model=MODEL, cfg_trunc=100.0, renorm_cfg=0.5)}
+    found, without = samples(comfy, build(graph, model=["renorm", 0])), samples(comfy, build(t2i()))
+    assert torch.equal(found, without) if build is lance else away(found, without) > 1e-3
