@@ -16,7 +16,7 @@ from lance_core.model.ops import TorchOps
 from lance_core.vae import streaming
 from lance_core.vae.layers import ResidualBlock
 from lance_core.vae.shortcuts import add_averaged, add_duplicated
-from lance_core.vae.streaming import ChannelNorm, Stream, causal_conv, doubling_conv
+from lance_core.vae.streaming import ChannelNorm, Stream, causal_conv, doubling_conv, fold
 from lance_core.vae.wan import WanVAE
 
 CONFIG = VAEConfig((8, 16, 16), (12, 24, 24), 1, 1, (False, True))
@@ -238,7 +238,7 @@ def test_doubling_equals_enlarging(size, bias, few, monkeypatch):
     x, weight = noise(3, 5, *size).double(), noise(4, 5, 3, 3, seed=1).double()
     offset = noise(4, seed=2).double() if bias else None
     plain = F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest-exact"), weight, offset, padding=1)
-    assert torch.allclose(doubling_conv(x, weight, offset), plain, rtol=0, atol=1e-12)
+    assert torch.allclose(doubling_conv(x, fold(weight), offset), plain, rtol=0, atol=1e-12)
 
 
 def test_doubling_in_half_precision():
@@ -254,12 +254,12 @@ def test_doubling_in_half_precision():
         padding=1,
     )
     plain = F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest-exact"), weight, bias, padding=1)
-    assert 1e-4 < drift(doubling_conv(x, weight, bias), exact) < 1.5 * drift(plain, exact)
+    assert 1e-4 < drift(doubling_conv(x, fold(weight), bias), exact) < 1.5 * drift(plain, exact)
 
 
 def test_doubling_costs_four_ninths():
     with FlopCounterMode(display=False) as counter:
-        doubling_conv(noise(1, 8, 20, 30), noise(8, 8, 3, 3), None)
+        doubling_conv(noise(1, 8, 20, 30), fold(noise(8, 8, 3, 3)), None)
     assert counter.get_total_flops() == 2 * 64 * 4 * 4 * 21 * 31  # four kernels of four taps at every corner
     assert counter.get_total_flops() < 0.5 * 2 * 64 * 9 * 40 * 60
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..checkpoint.checkpoint import Progress
 from ..config import LATENT_CHANNELS, LanceConfig
 from ..errors import RequestError
+from ..model import kernels
 from ..model.dual_expert import DualExpert
 from ..model.plan import Plan, Row
 from ..model.sequence import Branch
@@ -45,7 +46,8 @@ def case(name: str, config: LanceConfig, *, edit: bool = False) -> Case:
 
 def counted(work: Callable[[], Any]) -> Count:
     """What runs in `work`."""
-    with torch.inference_mode(), Counter() as counter:
+    counter = Counter()
+    with torch.inference_mode(), kernels.counted_on_meta(counter.fused), counter:
         work()
     return counter.count
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter as Tally
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -136,6 +136,11 @@ class Counter(TorchDispatchMode):
         super().__init__()
         self.count = Count()
 
+    def fused(self, name: str, read: Sequence[Tensor], written: Sequence[Tensor]) -> None:
+        """A kernel of kernels.py."""
+        moved = sum(map(_size, read)) + sum(map(_size, written))
+        self.count.kernel(name, 0, moved, where())
+
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
@@ -180,7 +185,7 @@ class Counter(TorchDispatchMode):
         written = _written(func, args, kwargs)
         outputs = [*written, *(t for t in made if not any(t is w for w in written))]
         read = given
-        if name in OVERWRITE or name.startswith("lance_"):
+        if name in OVERWRITE:
             read = [t for t in given if not any(t is w for w in written)]
         if name in LOOKUPS:
             moved = sum(map(_size, outputs)) * 2

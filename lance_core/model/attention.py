@@ -5,6 +5,7 @@ replace.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -59,9 +60,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
     ).transpose(1, 2)
 
 
-def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:
-    """bool [queries, keys]: query i sees keys up to keys - queries + i."""
-    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+@lru_cache(maxsize=2)
+def causal_mask(queries: int, keys: int, device: torch.device, repeat: int = 1) -> Tensor:
+    """bool [repeat * queries, keys]: query i sees keys up to keys - queries + i. Kept for the next layer."""
+    with torch.inference_mode(False):  # autograd may want it, too
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+        return mask.repeat(repeat, 1)
 
 
 def fold_groups(q: Tensor, groups: int) -> Tensor:
@@ -83,7 +87,7 @@ def unfold_groups(out: Tensor, heads: int) -> Tensor:
 def _folded(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     """Grouped heads for backends that have none of their own."""
     heads, groups = q.shape[2], k.shape[2]
-    mask = causal_mask(q.shape[1], k.shape[1], q.device).repeat(heads // groups, 1) if causal else None
+    mask = causal_mask(q.shape[1], k.shape[1], q.device, heads // groups) if causal else None
     out = F.scaled_dot_product_attention(
         fold_groups(q, groups), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask
     )

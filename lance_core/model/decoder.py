@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import LLMConfig
+from . import kernels
 from .joined import JOINED, JoinsOnLoad, joined_in, joined_linear
-from .kv_cache import Attend
+from .kv_cache import Attend, KeysValues
 from .layer_hooks import Layer, LayerHooks
 from .ops import TorchOps
 from .rope import rotate_into
@@ -58,12 +59,21 @@ class SelfAttention(JoinsOnLoad):
         self.q_norm = ops.RMSNorm(width, eps=config.rms_eps, **kw)
         self.k_norm = ops.RMSNorm(width, eps=config.rms_eps, **kw)
 
+    def projected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [b, n, hidden] -> q [b, n, heads * width], k and v [b, n, kv_heads * width], nothing normed."""
+        if self.joined:
+            q, k, v = self.qkv_proj(x).split([heads * self.width for heads in self.heads], dim=-1)
+        else:
+            q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        return q, k, v
+
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [b, n, hidden] -> normed q [b, n, heads, width], normed k and v [b, n, kv_heads, width]."""
-        if self.joined:
-            q, k, v = self.qkv_proj(x).unflatten(-1, (-1, self.width)).split(self.heads, dim=-2)
-        else:
-            q, k, v = (p(x).unflatten(-1, (-1, self.width)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        return self.normed(*self.projected(x))
+
+    def normed(self, *projected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What `projected` gives, with its heads apart and queries and keys normed."""
+        q, k, v = (t.unflatten(-1, (-1, self.width)) for t in projected)
         return self.q_norm(q), self.k_norm(k), v
 
 
@@ -98,7 +108,11 @@ class MLP(JoinsOnLoad):
             gate, up = self.gate_up_proj(rows).chunk(2, dim=-1)
         else:
             gate, up = self.gate_proj(rows), self.up_proj(rows)
-        gate = F.silu(gate) * up if gate.requires_grad else F.silu(gate, inplace=True).mul_(up)
+        fused = kernels.silu_mul(gate, up) if kernels.usable(gate) else None
+        if fused is not None:
+            gate = fused
+        else:
+            gate = F.silu(gate) * up if gate.requires_grad else F.silu(gate, inplace=True).mul_(up)
         return self.down_proj(gate).view(x.shape)
 
 
@@ -151,7 +165,11 @@ class ExpertLayer(nn.Module):
 
 def project(layer: ExpertLayer, x: Tensor, cos: Tensor, sin: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
     """`ExpertLayer.project`."""
-    queries, keys, values = layer.self_attn.project(layer.input_layernorm(x))
+    attn = layer.self_attn
+    projected = attn.projected(layer.input_layernorm(x))
+    if kernels.usable(x) and kernels.norm_rope(projected, (attn.q_norm, attn.k_norm), cos, sin, (q, k, v)):
+        return
+    queries, keys, values = attn.normed(*projected)
     rotate_into(q, queries, cos, sin)
     rotate_into(k, keys, cos, sin)
     v.copy_(values)
@@ -163,6 +181,10 @@ def add_attention(layer: ExpertLayer, x: Tensor, attended: Tensor) -> tuple[Tens
     """
     # Contiguous, because torch multiplies a sliced batch row by row, copying the weight each time.
     out = layer.self_attn.o_proj(attended.flatten(2).contiguous())
+    if kernels.usable(x):
+        normed = kernels.add_norm(x, out, layer.post_attention_layernorm)
+        if normed is not None:
+            return x, normed
     # In place unless autograd may want x again: a video's stream is hundreds of megabytes a row.
     x = x + out if torch.is_grad_enabled() else x.add_(out)
     return x, layer.post_attention_layernorm(x)
@@ -213,25 +235,34 @@ def decoder_layer(
     `hooks`, only `attended`.
     """
     split = und.shape[1]
-    q, k, v = _heads(und_layer, und, split + (0 if gen is None else gen.shape[1]))
+    q, k, v = _heads(und_layer, und, split + (0 if gen is None else gen.shape[1]), attend.place(index))
     und_layer.project(und, cos[:, :split], sin[:, :split], *(t[:, :split] for t in (q, k, v)))
     if gen is not None and gen_layer is not None:
         gen_layer.project(gen, cos[:, split:], sin[:, split:], *(t[:, split:] for t in (q, k, v)))
     out = attend(index, q, k, v)
     del q, k, v  # a video's are hundreds of megabytes
     if hooks is not None:
-        out = hooks.attended(index, out, split)
-    und = und_layer.finish(und, out[:, :split])
+        out = [hooks.attended(index, _part(out, 0, None), split)]
+    und = und_layer.finish(und, _part(out, 0, split))
     if gen is not None and gen_layer is not None:
-        gen = gen_layer.finish(gen, out[:, split:])
+        gen = gen_layer.finish(gen, _part(out, split, None))
     return und, gen
 
 
-def _heads(layer: ExpertLayer, x: Tensor, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for queries, keys and values of so many tokens."""
+def _heads(
+    layer: ExpertLayer, x: Tensor, tokens: int, place: KeysValues | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for queries, keys and values of so many tokens; of the latter two, `place` if given."""
     width, heads = layer.self_attn.width, layer.self_attn.heads
-    q, k, v = (x.new_empty(x.shape[0], tokens, count, width) for count in heads)
+    q = x.new_empty(x.shape[0], tokens, heads[0], width)
+    k, v = place or (x.new_empty(x.shape[0], tokens, count, width) for count in heads[1:])
     return q, k, v
+
+
+def _part(rows: list[Tensor], start: int, stop: int | None) -> Tensor:
+    """Some tokens of attention's results, [b, n, heads, width]."""
+    parts = [row[:, start:stop] for row in rows]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 @overload
@@ -322,11 +353,12 @@ def _run_beside(
     for i, gen_layer in enumerate(gen_layers):
         q, k, v = _heads(gen_layer, gen, split + gen.shape[1])
         gen_layer.project(gen, cos[:, split:], sin[:, split:], *(t[:, split:] for t in (q, k, v)))
-        und, few = side.result()
-        for whole, part in zip((q, k, v), few, strict=True):
+        und, heads = side.result()
+        for whole, part in zip((q, k, v), heads, strict=True):
             whole[:, :split] = part
         out = attend(i, q, k, v)
         del q, k, v
-        side.start(partial(between, i + 1, und, out[:, :split].clone()))  # a view would hold on to all of it
-        gen = gen_layer.finish(gen, out[:, split:])
+        few = _part(out, 0, split).clone()  # a view would hold on to all of it
+        side.start(partial(between, i + 1, und, few))
+        gen = gen_layer.finish(gen, _part(out, split, None))
     return side.result()[0], gen

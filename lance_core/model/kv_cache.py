@@ -13,9 +13,10 @@ What a decoder layer attends to is an `Attend`, one of the three classes at the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,21 @@ from torch import Tensor
 from .attention import Attention, fold_groups, unfold_groups
 from .sequence import Branch
 
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer, q, k, v -> attention's result
+KeysValues = tuple[Tensor, Tensor]
+
+
+class Attend(Protocol):
+    """What a decoder layer attends to."""
+
+    def place(self, layer: int) -> KeysValues | None:
+        """Where a layer's keys and values can be written at once, [1, n, kv_heads, width] each; None where
+        they are to be given to the call as they are.
+        """
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+        """The attention of q [b, n, heads, width] over k and v (what `place` gave, or others) and all before
+        them: a result [1, n, heads, width] for each of the b.
+        """
 
 
 @dataclass(eq=False)
@@ -114,10 +129,17 @@ class Context:
             prefix, rest = (slice(r.start, r.stop) for r in (self.prefix, self.rests[branch]))
             k, v = (torch.cat([b[prefix], b[rest], n[0]])[None] for b, n in ((keys, k), (values, v)))
             return attention(q, k, v, False)
-        keys[self.target] = k[0]
-        values[self.target] = v[0]
+        _write(keys[self.target], k[0])
+        _write(values[self.target], v[0])
         view = self.views[branch]
         return attention(q, keys[view][None], values[view][None], False)
+
+
+def _write(place: Tensor, new: Tensor) -> None:
+    """Copy, unless `new` is what is there: written at once, by `Attend.place`."""
+    same = place.storage_offset() == new.storage_offset() and place.stride() == new.stride()
+    if not (same and place.untyped_storage()._cdata == new.untyped_storage()._cdata):
+        place.copy_(new)
 
 
 class AppendBlock:
@@ -131,12 +153,17 @@ class AppendBlock:
         self.prefix = slice(context.prefix.start, context.prefix.end)
         self.new, self.own = slice(region.end, region.end + tokens), slice(region.start, region.end + tokens)
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def place(self, layer: int) -> KeysValues | None:
+        if torch.is_grad_enabled():
+            return None
+        return self.context.keys[layer][self.new][None], self.context.values[layer][self.new][None]
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
         keys = self._append(self.context.keys[layer], k)
-        return self.attention(q, keys, self._append(self.context.values[layer], v), self.causal)
+        return [self.attention(q, keys, self._append(self.context.values[layer], v), self.causal)]
 
     def _append(self, buffer: Tensor, new: Tensor) -> Tensor:
-        buffer[self.new] = new[0]
+        _write(buffer[self.new], new[0])
         seen = buffer[self.own] if self.shared else torch.cat([buffer[self.prefix], buffer[self.own]])
         return seen[None]
 
@@ -147,12 +174,18 @@ class AttendTargets:
     def __init__(self, rows: Sequence[tuple[Context, Branch]], attention: Attention) -> None:
         self.rows, self.attention = rows, attention
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = torch.empty_like(q)
-        for i, (context, branch) in enumerate(self.rows):
-            one = slice(i, i + 1)
-            out[one] = context.attend_target(layer, branch, q[one], k[one], v[one], self.attention)
-        return out
+    def place(self, layer: int) -> KeysValues | None:
+        if len(self.rows) > 1 or torch.is_grad_enabled():  # rows of one prompt share the target's place
+            return None
+        context = self.rows[0][0]
+        return context.keys[layer][context.target][None], context.values[layer][context.target][None]
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+        rows = zip(self.rows, q.split(1), k.split(1), v.split(1), strict=True)
+        return [
+            context.attend_target(layer, branch, one_q, one_k, one_v, self.attention)
+            for (context, branch), one_q, one_k, one_v in rows
+        ]
 
 
 class AppendToken:
@@ -174,7 +207,10 @@ class AppendToken:
         """Unmask the slot that the token about to come is written to."""
         self.bias.index_fill_(-1, self.slot, 0)
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def place(self, layer: int) -> KeysValues | None:
+        return None  # which slot it is, only the device knows
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
         keys, values = self.context.keys[layer], self.context.values[layer]
         keys.index_copy_(0, self.slot, k[0])
         values.index_copy_(0, self.slot, v[0])
@@ -183,4 +219,4 @@ class AppendToken:
         out = F.scaled_dot_product_attention(
             fold_groups(q, groups), keys[None].transpose(1, 2), values[None].transpose(1, 2), self.bias
         )
-        return unfold_groups(out, heads)
+        return [unfold_groups(out, heads)]

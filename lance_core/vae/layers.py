@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..config import VAEConfig
 from ..errors import CheckpointError
 from .shortcuts import add_averaged, add_duplicated
-from .streaming import ChannelNorm, Stream, causal_conv, each_frame, streaming_ops
+from .streaming import ChannelNorm, Stream, causal_conv, doubled, each_frame, streaming_ops
 
 
 class ResidualBlock(nn.Module):
@@ -99,7 +99,7 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         if self.time_conv is not None and not stream.first:
             x = rearrange(causal_conv(self.time_conv, x, stream), "b (two c) t h w -> b c (t two) h w", two=2)
-        return each_frame(self.resample["1"], x)
+        return doubled(self.resample["1"], x, stream)
 
 
 class DownLevel(nn.Module):

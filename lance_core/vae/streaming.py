@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextvars import ContextVar
 from functools import cache
 from itertools import product
 from types import SimpleNamespace
@@ -18,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+
+from ..model import kernels
 
 CONTEXT = 2  # frames a causal kernel of 3 looks back
 NORM_SLICE = 1 << 19  # numbers
@@ -48,11 +51,14 @@ class Stream:
     `first` and `last` say where in the video the current chunk is. The first frame is special throughout
     Wan's VAE: it is a latent frame by itself, so the layers that change the frame rate pass it through. After
     the last chunk nothing is kept: a single image costs no cache at all.
+
+    folded: kernels of the doubling convolutions, folded at their first chunk (`doubling_conv`).
     """
 
     def __init__(self) -> None:
         self.first = True
         self.last = False
+        self.folded: dict[nn.Module, Tensor] = {}
         self._past: dict[nn.Module, Tensor] = {}
 
     def take(self, conv: nn.Module) -> Tensor | None:
@@ -73,11 +79,17 @@ class ChannelNorm(nn.Module):
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(width, *[1] * axes, device=device, dtype=dtype))
 
-    def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """Normalised x, written to `out` if given. The norm is float32, the product rounded once to x's
-        dtype.
+    def forward(self, x: Tensor, out: Tensor | None = None, silu: bool = False) -> Tensor:
+        """Normalised x, through SiLU if asked for, written to `out` if given. The norm is float32, the
+        product rounded once to x's dtype.
         """
         out = torch.empty_like(x) if out is None else out
+        if kernels.usable(x) and kernels.channel_norm_silu(x, self.gamma.to(x.device), out, silu):
+            return out
+        self._plain(x, out)
+        return F.silu(out, inplace=True) if silu else out
+
+    def _plain(self, x: Tensor, out: Tensor) -> Tensor:
         if not x.is_cpu or x.dtype == torch.float32:
             torch.mul(x, _inverse_rms(x), out=out)
             return out.mul_(self.gamma.to(device=x.device, dtype=x.dtype))
@@ -119,9 +131,22 @@ def causal_conv(
     if norm is None:
         new.copy_(x)
     else:
-        F.silu(norm(x, out=new), inplace=True)
+        norm(x, out=new, silu=True)
     stream.keep(conv, frames[:, :, -context:])
     return conv(frames)
+
+
+# The pass that is being run: a convolution's class is ComfyUI's, which knows nothing of a stream.
+_FOLDED: ContextVar[dict[nn.Module, Tensor]] = ContextVar("folded")
+
+
+def doubled(conv: nn.Module, x: Tensor, stream: Stream) -> Tensor:
+    """A DoublingConv2d on every frame of [b, c, t, h, w]."""
+    token = _FOLDED.set({} if stream.first and stream.last else stream.folded)
+    try:
+        return each_frame(conv, x)
+    finally:
+        _FOLDED.reset(token)
 
 
 @cache
@@ -145,7 +170,11 @@ def streaming_ops(ops: Any) -> SimpleNamespace:
 
         def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, *args, **kwargs) -> Tensor:
             if x.shape[-2] * x.shape[-1] >= FOLD_FROM:
-                return doubling_conv(x, weight, bias)
+                folded = _FOLDED.get()
+                kernel = folded.get(self)
+                if kernel is None:
+                    kernel = folded[self] = fold(weight)
+                return doubling_conv(x, kernel, bias)
             return super()._conv_forward(
                 F.interpolate(x, scale_factor=2, mode="nearest-exact"), weight, bias, *args, **kwargs
             )
@@ -153,21 +182,25 @@ def streaming_ops(ops: Any) -> SimpleNamespace:
     return SimpleNamespace(Conv2d=ops.Conv2d, Conv3d=Conv3d, DoublingConv2d=DoublingConv2d)
 
 
-def doubling_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def fold(weight: Tensor) -> Tensor:
+    """A 3x3 kernel over an enlarged picture as four 2x2 ones over the plain one: [4 out, in, 2, 2]."""
+    kernel = _fold(_fold(weight.permute(2, 3, 0, 1).contiguous()).transpose(0, 1))
+    return rearrange(kernel, "(q l) (p k) o i -> (p q o) k l i", p=2, q=2).permute(0, 3, 1, 2)
+
+
+def doubling_conv(x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
     """[n, c, h, w] enlarged twice, every point to 2x2, then a padded 3x3 convolution; [n, out, 2 h, 2 w].
 
     Of three neighbours in an enlarged row two are the same point. So each of the four results at a point is a
-    2x2 kernel over x itself, whose taps are sums of the 3x3 one's: 4/9 of the work, and nothing enlarged in
-    memory.
+    2x2 kernel over x itself, whose taps are sums of the 3x3 one's (`fold`): 4/9 of the work, and nothing
+    enlarged in memory.
     """
     n, _, h, w = x.shape
-    kernel = _fold(_fold(weight.permute(2, 3, 0, 1).contiguous()).transpose(0, 1))
-    kernel = rearrange(kernel, "(q l) (p k) o i -> (p q o) k l i", p=2, q=2).permute(0, 3, 1, 2)
     corners = F.conv2d(
         x, kernel, None if bias is None else bias.repeat(4), padding=1
     )  # of the points: one more than those
     result = torch.empty(
-        n, len(weight), 2 * h, 2 * w, dtype=x.dtype, device=x.device, memory_format=layout(x)
+        n, len(kernel) // 4, 2 * h, 2 * w, dtype=x.dtype, device=x.device, memory_format=layout(x)
     )
     for (p, q), part in zip(product(range(2), repeat=2), corners.chunk(4, dim=1), strict=True):
         result[..., p::2, q::2] = part[..., p : p + h, q : q + w]
