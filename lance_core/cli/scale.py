@@ -1,0 +1,110 @@
+"""Commands for more than one request, device or user: what they do is lance_core.scale's."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from ..config import RENORMS
+from ..errors import RequestError
+from ..inputs.sizes import PRESETS
+from ..inputs.tasks import TASKS
+from .common import DTYPES, Bars, model_options, output_options
+
+LAYOUTS = ("geneval", "dpg", "gedit", "vbench")
+UNSET = argparse.SUPPRESS
+
+
+def add_commands(commands: Any) -> None:
+    """`batch`."""
+    text = "work through a JSON or JSONL file of requests; run it again to go on after anything"
+    sub = commands.add_parser("batch", help=text, description=f"{text.capitalize()}.")
+    model_options(sub)
+    output_options(sub)
+    sub.add_argument(
+        "file", metavar="FILE", help="rows as the released code has them, or an object a request"
+    )
+    sub.add_argument("-o", "--output", metavar="DIR", required=True, help="results, and results.jsonl")
+    sub.add_argument("--task", choices=TASKS, help="of rows without one")
+    sub.add_argument("--layout", choices=LAYOUTS, help="a benchmark's prompt file in, its sample folders out")
+    text = "processes with a model each, or `all`: one a GPU; default: this process alone"
+    sub.add_argument("--workers", metavar="N", help=text)
+    sub.add_argument("--limit", type=int, metavar="N", help="only the first N rows")
+    sub.add_argument("--shard", metavar="I/N", help="every N-th row from the I-th, such as 1/4")
+    sub.add_argument("--retry-errors", action="store_true", help="try rows again that failed before")
+    sub.add_argument("--dry-run", action="store_true", help="check every row and its media, draw nothing")
+    _add_task_options(sub.add_argument_group("options of the task, for rows that do not have their own"))
+    sub.set_defaults(run=batch)
+
+
+def _add_task_options(group: Any) -> None:
+    """Those of the nine tasks, unset unless given."""
+    for name, kind in (("width", int), ("height", int), ("steps", int), ("shift", float), ("cfg", float)):
+        group.add_argument(f"--{name}", type=kind, default=UNSET)
+    group.add_argument("--frames", "--num-frames", dest="num_frames", type=int, default=UNSET)
+    group.add_argument("--cfg-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), default=UNSET)
+    group.add_argument("--renorm", choices=RENORMS, default=UNSET)
+    group.add_argument("--renorm-min", type=float, default=UNSET)
+    group.add_argument("--negative-prompt", default=UNSET)
+    group.add_argument("--system-prompt", default=UNSET)
+    group.add_argument("--resolution", choices=PRESETS, default=UNSET)
+    group.add_argument("--seed", type=int, default=UNSET)
+    group.add_argument(
+        "--batch", dest="batch_size", type=int, metavar="N", default=UNSET, help="results a row"
+    )
+    group.add_argument("--max-new-tokens", type=int, default=UNSET)
+    group.add_argument("--temperature", type=float, default=UNSET)
+    group.add_argument("--top-p", type=float, default=UNSET)
+
+
+TASK_OPTIONS = (
+    *("width", "height", "steps", "shift", "cfg", "num_frames", "cfg_interval", "renorm", "renorm_min"),
+    *("negative_prompt", "system_prompt", "resolution", "seed", "batch_size"),
+    *("max_new_tokens", "temperature", "top_p"),
+)
+PASSED = (
+    *("task", "layout", "workers", "limit", "shard", "retry_errors", "dry_run"),
+    *("device", "vit", "vae", "compile", "overlap"),
+)
+
+
+def batch(args: argparse.Namespace, bars: Bars) -> dict[str, Any]:
+    """Work through a file."""
+    from ..scale import batch as scale
+
+    def show(line: dict[str, Any]) -> None:
+        if line["error"] is not None:
+            bars.note(f"{line['id']}: {line['error']}")
+
+    options = {name: getattr(args, name) for name in PASSED}
+    options |= {name: getattr(args, name) for name in TASK_OPTIONS if hasattr(args, name)}
+    result = scale.run(
+        args.file,
+        args.output,
+        checkpoint=args.model,
+        dtype=DTYPES.get(args.dtype, args.dtype),
+        progress=bars,
+        on_line=show,
+        **options,
+    )
+    bars.close()
+    if args.dry_run:
+        return _dry(result, args)
+    if not args.json:
+        counts = f"{result['made']} made, {result['done']} were there, {result['failed']} failed"
+        print(f"{counts}: {result['results']}")
+    if result["skipped"]:
+        text = f"{result['skipped']} rows failed in an earlier run; --retry-errors tries them again"
+        print(text, file=sys.stderr)
+    return result
+
+
+def _dry(result: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    for name, error in result["errors"].items():
+        print(f"{name}: {error}", file=sys.stderr)
+    if result["failed"]:
+        raise RequestError(f"{result['failed']} of {result['rows']} rows are wrong; nothing was drawn")
+    if not args.json:
+        print(f"{result['rows']} rows are right; nothing was drawn")
+    return result
