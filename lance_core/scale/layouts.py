@@ -77,7 +77,7 @@ def _text_files(folder: Path) -> list[Entry]:
         try:
             content: Any = {"prompt": read_bytes(file, 1 << 20).decode().strip()}
         except (OSError, ValueError) as error:
-            content = f"{file.name} cannot be read ({str(error)[:150]})"
+            content = RequestError(f"{file.name} cannot be read ({str(error)[:150]})")
         found.append(Entry(number, file.stem, content))
     return found
 
@@ -94,8 +94,8 @@ def _flicker_prompts(path: Path) -> frozenset[str]:
 
 
 def _object(entry: Entry) -> dict[str, Any]:
-    if isinstance(entry.content, str):
-        raise RequestError(entry.content)
+    if isinstance(entry.content, LanceError):
+        raise entry.content
     return entry.content
 
 

@@ -102,7 +102,7 @@ class Entry:
 
     number: int
     name: str | None
-    content: dict[str, Any] | str
+    content: dict[str, Any] | LanceError
 
     @property
     def id(self) -> str:
@@ -156,7 +156,7 @@ def read_entries(path: str | os.PathLike) -> list[Entry]:
             try:
                 value = json.loads(line)
             except (ValueError, RecursionError) as error:
-                found.append((None, f"this line is no JSON ({str(error)[:150]})"))
+                found.append((None, RequestError(f"this line is no JSON ({str(error)[:150]})")))
                 continue
             found += list(value.items()) if _is_released(value) else [(None, value)]
     return _numbered(found, path)
@@ -166,7 +166,7 @@ def _of_json(value: Any, path: Path) -> list[tuple[str | None, Any]]:
     if isinstance(value, list):
         return [(None, one) for one in value]
     if isinstance(value, dict):
-        return list(value.items()) if _is_released(value) else [(None, value)]
+        return list(value.items()) if _is_released(value) else [(None, value)] if value else []
     raise RequestError(
         f"{str(path)[-200:]} holds {shown(value)}, expected an object of prompts or a list of requests"
     )
@@ -184,8 +184,8 @@ def _numbered(found: list[tuple[str | None, Any]], path: Path) -> list[Entry]:
     for number, (name, value) in enumerate(found):
         if isinstance(value, str) and name is not None:
             value = {"prompt": value}
-        elif not isinstance(value, dict | str):
-            value = f"it is {shown(value)}, expected an object or, under a name, a prompt"
+        elif not isinstance(value, dict | LanceError):
+            value = RequestError(f"it is {shown(value)}, expected an object or, under a name, a prompt")
         entries.append(Entry(number, name, value))
     return entries
 
@@ -199,8 +199,8 @@ def make_row(entry: Entry, defaults: Defaults, **placed: Any) -> Row | BadRow:
     placed: `files`, `grid` and `beside` of a row that decides its own names (see layouts.py).
     """
     try:
-        if isinstance(entry.content, str):
-            raise RequestError(entry.content)
+        if isinstance(entry.content, LanceError):
+            raise entry.content
         return _request(entry, {ALIASES.get(k, k): v for k, v in entry.content.items()}, defaults, placed)
     except LanceError as error:
         return BadRow(entry.number, _short(entry.id), str(error))
