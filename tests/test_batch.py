@@ -286,6 +286,10 @@ def test_limit_and_shards(drawn, tmp_path):
         ({"dtype": "int8"}, "dtype is 'int8'"),
         ({"workers": "two"}, "workers is 'two'"),
         ({"workers": 0}, "workers is 0"),
+        ({"workflow": "x.json"}, "workflow= belongs to comfyui="),
+        ({"comfyui": "ftp://x"}, "no address of a ComfyUI"),
+        ({"comfyui": ","}, "no address of a ComfyUI"),
+        ({"comfyui": "127.0.0.1:9"}, "no ComfyUI answers at http://127.0.0.1:9"),
     ],
 )
 def test_what_is_wrong_for_all_rows_is_the_end(drawn, tmp_path, options, said):

@@ -30,6 +30,10 @@ def add_commands(commands: Any) -> None:
     sub.add_argument("--layout", choices=LAYOUTS, help="a benchmark's prompt file in, its sample folders out")
     text = "processes with a model each, or `all`: one a GPU; default: this process alone"
     sub.add_argument("--workers", metavar="N", help=text)
+    text = "ComfyUI servers, with commas between, draw the rows by their API"
+    sub.add_argument("--comfyui", metavar="URL[,URL]", help=text)
+    text = "what they are given, in API form; default: the pack's own for the task"
+    sub.add_argument("--workflow", metavar="FILE", help=text)
     sub.add_argument("--limit", type=int, metavar="N", help="only the first N rows")
     sub.add_argument("--shard", metavar="I/N", help="every N-th row from the I-th, such as 1/4")
     sub.add_argument("--retry-errors", action="store_true", help="try rows again that failed before")
@@ -64,7 +68,7 @@ TASK_OPTIONS = (
     *("max_new_tokens", "temperature", "top_p"),
 )
 PASSED = (
-    *("task", "layout", "workers", "limit", "shard", "retry_errors", "dry_run"),
+    *("task", "layout", "workers", "comfyui", "workflow", "limit", "shard", "retry_errors", "dry_run"),
     *("device", "vit", "vae", "compile", "overlap"),
 )
 

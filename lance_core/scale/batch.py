@@ -16,6 +16,7 @@ from typing import Any
 from ..checks import choice, shown, whole
 from ..errors import LanceError, RequestError
 from ..inputs import tasks
+from . import comfyui as comfy
 from . import layouts
 from .pool import Pool, grouped
 from .results import Line, Results, finished, found, key_of, line_of
@@ -31,6 +32,7 @@ from .rows import (
     without_doubles,
 )
 from .work import Session, Settings, here
+from .workflow import filled
 
 DEFAULT_FOLDER = Path("models") / "lance"
 MAX_LIMIT = 1 << 40
@@ -60,6 +62,8 @@ def run(
     checkpoint: str | os.PathLike | None = None,
     layout: str | None = None,
     workers: int | str | None = None,
+    comfyui: str | None = None,
+    workflow: str | os.PathLike | None = None,
     limit: int | None = None,
     shard: str | tuple[int, int] | None = None,
     retry_errors: bool = False,
@@ -83,6 +87,8 @@ def run(
         layout: "geneval", "dpg", "gedit" or "vbench": `file` is that benchmark's, and results lie as its
             scorer wants them.
         workers: processes that draw, each with a model of its own; "all" is one a GPU; None draws here.
+        comfyui: addresses of ComfyUI servers, with commas between: they draw, not this process.
+        workflow: what they are given, in API form; by default the pack's own for each task.
         limit: only the first so many rows. shard: (i, n) or "i/n", every n-th row from the i-th.
         retry_errors: rows that failed in an earlier run are tried again.
         dry_run: check every row, and its media, and draw nothing.
@@ -105,13 +111,19 @@ def run(
     settings = Settings(
         str(Path(output).absolute()), _device(device), _dtype(dtype), _path(vit), _path(vae), compile, overlap
     )
-    work, weights = _with_checkpoints(work, settings, defaults.checkpoint)
+    weights, plan = 0, None
+    if comfyui is None:
+        work, weights = _with_checkpoints(work, settings, defaults.checkpoint)
+    else:
+        plan = comfy.plan(comfyui, Path(settings.folder), work.rows, workflow)
+    if (workflow is not None and plan is None) or (workers is not None and plan is not None):
+        raise RequestError("workflow= belongs to comfyui=, and workers= does not: a server is a worker")
     if dry_run:
-        return _checked(work, settings, progress)
+        return _checked(work, plan, progress)
     results = Results(Path(settings.folder))
     with results.claimed(name):
-        todo, summary = _todo(work, results, retry_errors, on_line)
-        with contextlib.closing(_draw(todo, settings, workers, weights)) as lines:
+        todo, summary = _todo(work, results, retry_errors, on_line, plan.made_by if plan else "")
+        with contextlib.closing(_draw(todo, settings, workers, weights, plan)) as lines:
             return _record(lines, results, len(todo), summary, progress, on_line)
 
 
@@ -228,7 +240,7 @@ def _bytes_of(path: Path) -> int:
 
 
 def _todo(
-    work: Work, results: Results, retry: bool, on_line: OnLine | None
+    work: Work, results: Results, retry: bool, on_line: OnLine | None, made_by: str
 ) -> tuple[list[Row], dict[str, Any]]:
     """The rows to draw; lines of the others are put right: added where they are missing, kept where not."""
     lines = results.read()
@@ -242,7 +254,7 @@ def _todo(
         if line is None and not written:
             todo.append(row)
             continue
-        key = key_of(row, known)
+        key = key_of(row, known, made_by)
         if finished(row, line, results.folder, key):
             summary["done"] += 1
         elif line is not None and line.get("error") is not None and line.get("row") == key and not retry:
@@ -263,10 +275,12 @@ def _todo(
 
 
 def _draw(
-    todo: list[Row], settings: Settings, workers: int | str | None, weights: int
+    todo: list[Row], settings: Settings, workers: int | str | None, weights: int, plan: comfy.Plan | None
 ) -> Generator[Line, None, None]:
-    """The lines of the rows as they are drawn, here or by workers."""
-    if workers is None:
+    """The lines of the rows as they are drawn, here, by workers or by servers."""
+    if plan is not None and todo:
+        return Pool(todo, comfy.starter(plan), len(plan.servers)).lines()
+    if workers is None or not todo:
         return here(grouped(todo), Session(settings))
     from . import processes
 
@@ -297,10 +311,10 @@ def _record(
 # -- a dry run -----------------------------------------------------------------------------------------------
 
 
-def _checked(work: Work, settings: Settings, progress: Progress | None) -> dict[str, Any]:
-    """Every row's media opened; nothing is written."""
+def _checked(work: Work, plan: comfy.Plan | None, progress: Progress | None) -> dict[str, Any]:
+    """Every row's media opened, every workflow filled; nothing is written."""
     errors = {row.id: row.error for row in work.bad}
-    for done, (row, error) in enumerate(_opened(work.rows), 1):
+    for done, (row, error) in enumerate(_opened(work.rows, plan), 1):
         if error is not None:
             errors[row.id] = str(error)
         if progress is not None:
@@ -308,11 +322,13 @@ def _checked(work: Work, settings: Settings, progress: Progress | None) -> dict[
     return {"rows": work.total, "failed": len(errors), "errors": errors}
 
 
-def _opened(rows: Iterable[Row]) -> Iterator[tuple[Row, LanceError | None]]:
+def _opened(rows: Iterable[Row], plan: comfy.Plan | None) -> Iterator[tuple[Row, LanceError | None]]:
     from ..inputs import media
 
     for row in rows:
         try:
+            if plan is not None:
+                filled(plan.workflows[row.task], row, row.paths, "")
             for path in row.paths:
                 if row.kind.takes == "video":
                     media.read_clip(path, pick=lambda total, _: [0])

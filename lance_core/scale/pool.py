@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import queue
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, Protocol
@@ -18,13 +19,15 @@ from .rows import Row
 MAX_ATTEMPTS = 3  # at a row whose worker was lost
 MAX_LOSSES = 2 * MAX_ATTEMPTS  # of workers in sequence, without a single row drawn: then none can work here
 IN_FLIGHT = 2  # rows a worker has: the one it draws and the one whose media it reads
+REST = 2.0  # seconds before a worker is started again where one could not even begin
+PATIENCE = 60.0  # seconds without a single worker that can begin
 
 _log = logging.getLogger(__name__)
 
 
 class Worker(Protocol):
-    """Takes rows and posts, for each in order, {"line": ...}; or {"stop": why} for the end of the run, or
-    {"lost": why} once it is gone.
+    """Takes rows and posts, for each in order, {"line": ...}; or {"stop": why} for the end of the run, or,
+    once it is gone, {"lost": why}, or {"away": why} if it never began with its first row.
     """
 
     def give(self, row: Row) -> None:
@@ -89,6 +92,7 @@ class _Place:
         self.rows: deque[Row] = deque()
         self.last: tuple[str, ...] | None = None
         self.number = 0  # of the worker, so that what a lost one posted late counts no more
+        self.rest = 0.0  # until when no worker is started here
 
 
 class Pool:
@@ -105,23 +109,29 @@ class Pool:
         self._events: queue.Queue[tuple[_Place, int, dict[str, Any]]] = queue.Queue()
         self._attempts: dict[int, int] = {}
         self._losses = 0
+        self._since = time.monotonic()  # the last line, or the last time that somebody could work
 
     def lines(self) -> Generator[Line, None, None]:
         """The line of every row."""
         try:
             while True:
                 self._hand_out()
-                if not any(place.rows for place in self._places):
+                if not any(place.rows for place in self._places) and not self._pending:
                     return
-                place, number, event = self._events.get()
+                try:
+                    place, number, event = self._events.get(timeout=REST)
+                except queue.Empty:
+                    continue
                 if number != place.number:
                     continue
                 if "stop" in event:
                     raise RequestError(event["stop"])
                 if "line" in event:
                     place.rows.popleft()
-                    self._losses = 0
+                    self._losses, self._since = 0, time.monotonic()
                     yield event["line"]
+                elif "away" in event:
+                    self._away(place, event["away"])
                 else:
                     yield from self._lost(place, event["lost"])
         finally:
@@ -134,7 +144,7 @@ class Pool:
         for held in range(IN_FLIGHT):
             for i, place in enumerate(self._places):
                 enough = len(self._pending) > (0 if held == 0 else len(self._places) - 1)
-                if len(place.rows) == held and enough:
+                if len(place.rows) == held and enough and place.rest <= time.monotonic():
                     self._give(i, place)
 
     def _give(self, i: int, place: _Place) -> None:
@@ -147,11 +157,34 @@ class Pool:
             place.worker = self._start(i, lambda event: self._events.put((place, number, event)))
         place.worker.give(row)
 
-    def _lost(self, place: _Place, why: str) -> Iterator[Line]:
-        """A worker is gone: the row it was drawing is tried again, or given up; the others go back."""
+    def _leave(self, place: _Place) -> None:
         if place.worker is not None:
             place.worker.stop()
         place.worker, place.number = None, place.number + 1
+
+    def _away(self, place: _Place, why: str) -> None:
+        """Nobody can work in a place: its rows go back, and later it is tried again.
+
+        Raises:
+            RequestError: so it is in all places, and has been for long.
+        """
+        self._leave(place)
+        self._put_back(place)
+        now = time.monotonic()
+        place.rest = now + REST
+        if any(other.rows for other in self._places):
+            self._since = now
+        elif now - self._since > PATIENCE:
+            raise RequestError(f"nobody has been there to work for {PATIENCE:.0f} seconds: {why}")
+
+    def _put_back(self, place: _Place) -> None:
+        for row in reversed(place.rows):
+            self._pending.put_back(row)
+        place.rows.clear()
+
+    def _lost(self, place: _Place, why: str) -> Iterator[Line]:
+        """A worker is gone: the row it was drawing is tried again, or given up; the others go back."""
+        self._leave(place)
         self._losses += 1
         if self._losses >= MAX_LOSSES:
             raise RequestError(
@@ -161,9 +194,7 @@ class Pool:
         if not place.rows:
             return
         row = place.rows.popleft()
-        for other in reversed(place.rows):
-            self._pending.put_back(other)
-        place.rows.clear()
+        self._put_back(place)
         attempts = self._attempts[row.number] = self._attempts.get(row.number, 0) + 1
         _log.warning("The worker at row %s is lost (%s); another takes its place.", row.id, why)
         if attempts < MAX_ATTEMPTS:

@@ -70,10 +70,10 @@ def digest_of(path: str | os.PathLike) -> str | None:
     return found.hexdigest()
 
 
-def key_of(row: Row, known: dict[str, str | None] | None = None) -> str:
+def key_of(row: Row, known: dict[str, str | None] | None = None, made_by: str = "") -> str:
     """What makes a row's result right: task, prompt, options, checkpoint and the contents of its media.
 
-    known: digests of media, filled here, where many rows share them.
+    known: digests of media, filled here, where many rows share them. made_by: what else a result depends on.
     """
     known = {} if known is None else known
     for path in row.paths:
@@ -81,6 +81,7 @@ def key_of(row: Row, known: dict[str, str | None] | None = None) -> str:
             known[path] = digest_of(path)
     asked: list[Any] = [row.task, row.prompt, row.options, [known[path] for path in row.paths], row.targets]
     asked.append(Path(row.checkpoint).name if row.checkpoint else None)
+    asked += [made_by] if made_by else []
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -269,6 +270,13 @@ def _decode(path: Path, video: bool) -> None:
         media.read_clip(path, pick=lambda total, _: list(range(total)))
     else:
         media.load_image(path)
+
+
+def place(folder: Path, name: str) -> Path:
+    """Where a result goes; its folder is made."""
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def default_seed(row: Row) -> int:

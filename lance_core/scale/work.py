@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ..config import OUTPUT_FPS
 from ..errors import LanceError, MediaError
 from ..files import written
-from .results import Line, StorageFullError, key_of, line_of, made_line, storage_error
+from .results import Line, StorageFullError, key_of, line_of, made_line, place, storage_error
 from .rows import Row
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ class Session:
         about = {"task": row.task, "prompt": row.prompt, **row.options, **self._about(read)}
         about |= {"checkpoint": Path(str(row.checkpoint)).name, "text": answer.text}
         about["token_ids"] = answer.token_ids
-        with written(self._target(row.files[0])) as file:
+        with written(place(self.folder, row.files[0])) as file:
             file.write(json.dumps(about, ensure_ascii=True).encode() + b"\n")
         return about
 
@@ -148,22 +148,17 @@ class Session:
         clips = made.frames if made.frames.dim() == 5 else made.frames[None]
         about = {k: v for k, v in made.request.items() if v is not None} | self._about(read)
         for name, text in row.beside.items():
-            with written(self._target(name)) as file:
+            with written(place(self.folder, name)) as file:
                 file.write(text.encode())
         for i, (name, clip) in enumerate(zip(row.files, clips, strict=False)):
             own = about | {"seed": about["seed"] + i}
             if row.kind.output == "image":
-                media.save_image(self._target(name), clip[0], own)
+                media.save_image(place(self.folder, name), clip[0], own)
             else:
-                media.save_video(self._target(name), clip, made.fps, own)
+                media.save_video(place(self.folder, name), clip, made.fps, own)
         if row.grid:
-            media.save_image(self._target(row.grid), grid(clips[:, 0]), about)
+            media.save_image(place(self.folder, row.grid), grid(clips[:, 0]), about)
         return about
-
-    def _target(self, name: str) -> Path:
-        path = self.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path
 
 
 def grid(pictures: Any) -> Any:
