@@ -33,7 +33,9 @@ from lance_core.errors import CheckpointError, LanceError, MediaError, RequestEr
 from lance_core.inputs import media
 from lance_core.pipeline import load
 from lance_core.scale import batch
-from lance_core.scale.rows import Defaults, Row, make_row, read_entries
+from lance_core.scale.row_files import read_entries
+from lance_core.scale.row_forms import Defaults, make_row
+from lance_core.scale.rows import Row
 from lance_core.scale.work import Ahead, Session, Settings
 
 PHOTO, PORTRAIT, CLIP = (str(INPUTS / name) for name in ("photo.png", "portrait.png", "clip.mp4"))

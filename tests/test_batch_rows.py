@@ -10,7 +10,9 @@ from batching import INPUTS, run, write_rows
 
 from lance_core.errors import RequestError
 from lance_core.scale import layouts
-from lance_core.scale.rows import BadRow, Defaults, Row, make_row, read_entries, without_doubles
+from lance_core.scale.row_files import read_entries
+from lance_core.scale.row_forms import Defaults, make_row
+from lance_core.scale.rows import BadRow, Row, without_doubles
 
 PHOTO, CLIP = str(INPUTS / "photo.png"), str(INPUTS / "clip.mp4")
 

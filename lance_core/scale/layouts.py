@@ -21,7 +21,9 @@ from typing import Any
 
 from ..errors import LanceError, RequestError
 from ..files import read_bytes
-from .rows import BadRow, Defaults, Entry, Row, make_row, read_entries
+from .row_files import Entry, read_entries
+from .row_forms import Defaults, make_row
+from .rows import BadRow, Row
 
 SEED = 42
 IMAGE = {"steps": 50, "shift": 3.5, "cfg": 4.0, "cfg_interval": [0.4, 1.0], "seed": SEED}
