@@ -57,6 +57,7 @@ def main(argv: Sequence[str] | None = None, emit: Callable[[str], None] = print)
     """Run one command; returns the exit code."""
     prepare_output()
     args = parser().parse_args(argv)
+    args.arguments = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     bars = Bars(not getattr(args, "quiet", False))
     try:
@@ -91,7 +92,9 @@ def _run(args: argparse.Namespace, bars: Bars, emit: Callable[[str], None]) -> i
             emit(to_json({"error": str(error), "type": type(error).__name__}))
         return 2
     bars.close()
-    if as_json:
+    if isinstance(result, int):  # processes of its own have done and said everything
+        return result
+    if as_json and result is not None:
         emit(to_json(result | {"seconds": round(time.perf_counter() - began, 3)}))
     return 0
 

@@ -62,6 +62,7 @@ def checked_options(options: dict[str, Any], task: str | None, layout: str | Non
 
 
 def rows_of(file: Path, defaults: Defaults, layout: str | None) -> list[Row | BadRow]:
+    """The rows of a file, or of a benchmark's."""
     if layout is not None:
         return without_doubles(layouts.read(layout, file, defaults))
     return without_doubles([make_row(entry, defaults) for entry in read_entries(file)])
@@ -76,6 +77,11 @@ def _shard(shard: str | tuple[int, int]) -> tuple[int, int]:
 
 
 def chosen(rows: list[Row | BadRow], limit: int | None, shard: str | tuple[int, int] | None) -> Work:
+    """The first `limit` rows, and of these a shard's.
+
+    Raises:
+        RequestError: one of the two is none.
+    """
     if limit is not None:
         rows = rows[: whole("limit", limit, 1, MAX_LIMIT)]
     if shard is not None:
