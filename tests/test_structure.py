@@ -58,7 +58,7 @@ ALLOWED = {
     "huggingface_hub",
     "httpx",
 }
-OPTIONAL = {("model.attention", "flash_attn"), ("bench.plot", "matplotlib")}
+OPTIONAL = {("model.attention", "flash_attn"), ("bench.plot", "matplotlib"), ("scale.ray_engine", "ray")}
 
 
 def dotted(path: Path) -> str:

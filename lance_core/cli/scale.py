@@ -30,6 +30,9 @@ def add_commands(commands: Any) -> None:
     sub.add_argument("--layout", choices=LAYOUTS, help="a benchmark's prompt file in, its sample folders out")
     text = "processes with a model each, or `all`: one a GPU; default: this process alone"
     sub.add_argument("--workers", metavar="N", help=text)
+    text = "`ray` places the workers on a Ray cluster, or a local one"
+    sub.add_argument("--engine", choices=("processes", "ray"), default="processes", help=text)
+    sub.add_argument("--address", help="of the Ray cluster; default: a local one")
     text = "ComfyUI servers, with commas between, draw the rows by their API"
     sub.add_argument("--comfyui", metavar="URL[,URL]", help=text)
     text = "what they are given, in API form; default: the pack's own for the task"
@@ -68,7 +71,19 @@ TASK_OPTIONS = (
     *("max_new_tokens", "temperature", "top_p"),
 )
 PASSED = (
-    *("task", "layout", "workers", "comfyui", "workflow", "limit", "shard", "retry_errors", "dry_run"),
+    *(
+        "task",
+        "layout",
+        "workers",
+        "engine",
+        "address",
+        "comfyui",
+        "workflow",
+        "limit",
+        "shard",
+        "retry_errors",
+        "dry_run",
+    ),
     *("device", "vit", "vae", "compile", "overlap"),
 )
 

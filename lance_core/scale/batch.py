@@ -23,6 +23,8 @@ from .rows import Row
 from .selection import Work, checked_options, chosen, rows_of, shard_name, with_checkpoints
 from .work import Session, Settings, here
 
+ENGINES = ("processes", "ray")
+
 Progress = Callable[[str, int, int], None]
 OnLine = Callable[[Line], None]
 
@@ -35,6 +37,8 @@ def run(
     checkpoint: str | os.PathLike | None = None,
     layout: str | None = None,
     workers: int | str | None = None,
+    engine: str = "processes",
+    address: str | None = None,
     comfyui: str | None = None,
     workflow: str | os.PathLike | None = None,
     limit: int | None = None,
@@ -60,6 +64,7 @@ def run(
         layout: "geneval", "dpg", "gedit" or "vbench": `file` is that benchmark's, and results lie as its
             scorer wants them.
         workers: processes that draw, each with a model of its own; "all" is one a GPU; None draws here.
+        engine: "processes", or "ray": the workers are Ray actors, on the cluster at `address` or a local one.
         comfyui: addresses of ComfyUI servers, with commas between: they draw, not this process.
         workflow: what they are given, in API form; by default the pack's own for each task.
         limit: only the first so many rows. shard: (i, n) or "i/n", every n-th row from the i-th.
@@ -84,6 +89,7 @@ def run(
     settings = Settings(
         str(Path(output).absolute()), _device(device), _dtype(dtype), _path(vit), _path(vae), compile, overlap
     )
+    choice("engine", engine, ENGINES)
     weights, plan = 0, None
     if comfyui is None:
         work, weights = with_checkpoints(work, settings, defaults.checkpoint)
@@ -96,7 +102,7 @@ def run(
     results = Results(Path(settings.folder))
     with results.claimed(name):
         todo, summary = _todo(work, results, retry_errors, on_line, plan.made_by if plan else "")
-        with contextlib.closing(_draw(todo, settings, workers, weights, plan)) as lines:
+        with contextlib.closing(_draw(todo, settings, (workers, engine, address), weights, plan)) as lines:
             return _record(lines, results, len(todo), summary, progress, on_line)
 
 
@@ -153,11 +159,16 @@ def _todo(
 
 
 def _draw(
-    todo: list[Row], settings: Settings, workers: int | str | None, weights: int, plan: comfy.Plan | None
+    todo: list[Row], settings: Settings, how: Any, weights: int, plan: comfy.Plan | None
 ) -> Generator[Line, None, None]:
     """The lines of the rows as they are drawn, here, by workers or by servers."""
+    workers, engine, address = how
     if plan is not None and todo:
         return Pool(todo, comfy.starter(plan), len(plan.servers)).lines()
+    if engine == "ray" and todo:
+        from . import ray_engine
+
+        return ray_engine.lines(todo, settings, workers, address)
     if workers is None or not todo:
         return here(grouped(todo), Session(settings))
     from . import processes
