@@ -60,7 +60,8 @@ def _as_in_a_shell() -> None:
 
 def start(*args: str | Path, **options: Any) -> subprocess.Popen:
     """`python -m lance_core ...` in a process group of its own."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "-m", "lance_core", *map(str, args)],
         env=environment,

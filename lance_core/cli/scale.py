@@ -17,7 +17,8 @@ UNSET = argparse.SUPPRESS
 
 
 def add_commands(commands: Any) -> None:
-    """`batch`."""
+    """`batch` and `serve`."""
+    _add_serve(commands)
     text = "work through a JSON or JSONL file of requests; run it again to go on after anything"
     sub = commands.add_parser("batch", help=text, description=f"{text.capitalize()}.")
     model_options(sub)
@@ -43,6 +44,33 @@ def add_commands(commands: Any) -> None:
     sub.add_argument("--dry-run", action="store_true", help="check every row and its media, draw nothing")
     _add_task_options(sub.add_argument_group("options of the task, for rows that do not have their own"))
     sub.set_defaults(run=batch)
+
+
+def _add_serve(commands: Any) -> None:
+    text = "OpenAI's endpoints for pictures, videos and questions, by Ray Serve"
+    sub = commands.add_parser("serve", help=text, description=f"{text.capitalize()}.")
+    sub.add_argument("--config", metavar="FILE", help="JSON; see docs/scale.md. What is given here wins")
+    sub.add_argument("-m", "--model", "--checkpoint", metavar="DIR", help="checkpoint folder")
+    sub.add_argument("--port", type=int, help="default: 8000")
+    sub.add_argument("--host", help="default: 127.0.0.1, this machine alone")
+    sub.add_argument("--device", help="torch device; default: cuda where there is one, else cpu")
+    sub.add_argument("--dtype", choices=[*DTYPES, *DTYPES.values()], help="default: bf16")
+    sub.add_argument("--workers", type=int, metavar="N", help="replicas of the model, one a GPU; default: 1")
+    sub.add_argument("--address", help="of a Ray cluster; default: a local one")
+    sub.set_defaults(run=serve)
+
+
+def serve(args: argparse.Namespace, bars: Bars) -> dict[str, Any]:
+    """Serve until interrupted."""
+    from ..scale import serve as server
+    from ..scale.serve_config import read_config
+
+    dtype = DTYPES.get(args.dtype, args.dtype) if args.dtype else None
+    options = {"checkpoint": args.model, "replicas": args.workers, "dtype": dtype}
+    options |= {name: getattr(args, name) for name in ("port", "host", "device", "address")}
+    config = read_config(args.config, **options)
+    server.run(config, lambda url: print(f"serving {config.model} at {url}/v1", flush=True))
+    return {}
 
 
 def _add_task_options(group: Any) -> None:

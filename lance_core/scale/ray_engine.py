@@ -9,16 +9,15 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
-import socket
 import threading
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from ..checks import whole
 from ..errors import RequestError
 from .pool import Pool
+from .ray_start import connected
 from .results import Line, StorageFullError
 from .rows import Row
 from .work import Session, Settings
@@ -59,54 +58,13 @@ def lines(
     Raises (while iterated):
         RequestError: Ray is not installed, the cluster does not answer or is too small; or as `Pool`.
     """
-    ray = _ray(address)
+    ray = connected(address, "engine ray", "ray")
     try:
         gpu = settings.device.startswith("cuda")
         count = _count(ray, workers, gpu)
         yield from Pool(rows, _starter(ray, settings, gpu), count).lines()
     finally:
         ray.shutdown()
-
-
-def _ray(address: str | None) -> Any:
-    """Ray, connected.
-
-    Raises:
-        RequestError: it is not installed, or nothing answers at the address.
-    """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    try:
-        import ray
-    except ImportError:
-        raise RequestError(
-            "engine ray needs the package ray, which is not installed: pip install 'comfyui-lance[ray]'"
-        ) from None
-    _look(address)
-    root = str(Path(__file__).resolve().parents[2])
-    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    options: dict[str, Any] = {"runtime_env": {"env_vars": {"PYTHONPATH": path}}, "log_to_driver": False}
-    options |= {"address": address} if address else {"address": "local", "include_dashboard": False}
-    try:
-        ray.init(configure_logging=False, **options)
-    except Exception as error:  # a ConnectionError, ValueError, RuntimeError, or Ray's own
-        told = " ".join(str(error).split())[:250]
-        raise RequestError(f"Ray cannot be used at {address or 'this machine'} ({told})") from error
-    return ray
-
-
-def _look(address: str | None) -> None:
-    """Whether anybody is at a cluster's HOST:PORT; Ray itself would wait for minutes.
-
-    Raises:
-        RequestError: nobody.
-    """
-    host, _, port = (address or "").rpartition("://")[2].rpartition(":")
-    if host and port.isdecimal():
-        try:
-            socket.create_connection((host, int(port)), 10).close()
-        except (OSError, OverflowError) as error:
-            raise RequestError(f"Ray cannot be used at {address}: nobody answers ({error})"[:400]) from None
 
 
 def _count(ray: Any, workers: int | str | None, gpu: bool) -> int:

@@ -68,7 +68,7 @@ def _request(entry: Entry, raw: dict[str, Any], defaults: Defaults, placed: dict
     given = {key: raw.get(key) for key in MEDIA}
     tasks.check_media(kind, **given)
     prompt = tasks.check_text("prompt", raw.get("prompt"))
-    _check_options(kind, options)
+    check_options(kind, options)
     checkpoint = raw.get("checkpoint", defaults.checkpoint)
     if checkpoint is not None:
         checks.text("checkpoint", checkpoint)
@@ -144,7 +144,7 @@ def _interleaved(raw: dict[str, Any], defaults: Defaults) -> dict[str, Any]:
     return rest | request
 
 
-def _check_options(kind: Task, options: dict[str, Any]) -> None:
+def check_options(kind: Task, options: dict[str, Any]) -> None:
     """What `generate` or `understand` would refuse, refused now."""
     from ..model.sampler import Guidance, schedule
     from ..text_generation import MAX_SEED, Chooser
