@@ -152,6 +152,14 @@ def test_a_line_that_is_no_json(tmp_path):
     assert "no JSON" in bad.error and bad.id == "000000" and isinstance(good, Row)
 
 
+def test_a_line_that_is_no_utf8(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"prompt": "caf\xe9"}\n{"prompt": "caf\xc3\xa9"}\n')
+    bad, good = rows_of(path, "t2i")
+    assert isinstance(bad, BadRow) and "half a character" in bad.error
+    assert isinstance(good, Row) and good.prompt == "café"
+
+
 def test_two_rows_of_one_name(tmp_path):
     rows = [{"id": "a", "prompt": "x"}, {"id": "a.png", "prompt": "y"}, {"id": "a", "prompt": "z"}]
     good, same_file, same_id = rows_of(write_rows(tmp_path / "a.jsonl", rows), "t2i")

@@ -44,7 +44,8 @@ def read_entries(path: str | os.PathLike) -> list[Entry]:
     """
     path = Path(path)
     try:
-        text = read_bytes(path, MAX_FILE).decode("utf-8-sig")
+        # A byte that is no UTF-8 is the fault of the row that has it, which then holds half a character
+        text = read_bytes(path, MAX_FILE).decode("utf-8-sig", "surrogateescape")
     except (OSError, ValueError) as error:
         told = getattr(error, "strerror", None) or str(error)
         raise RequestError(

@@ -121,8 +121,9 @@ class Session:
         return made_line(row, read.key, self.folder, about, _since(began))
 
     def _about(self, read: Read) -> dict[str, Any]:
-        own = {"id": read.row.id, "row": read.key}
-        return own | ({str(read.row.kind.takes): read.row.media} if read.row.media is not None else {})
+        names = [Path(path).name for path in read.row.paths]
+        own: dict[str, Any] = {"id": read.row.id, "row": read.key}
+        return own | ({str(read.row.kind.takes): names} if names else {})
 
     def _source(self, read: Read) -> dict[str, Any]:
         return {read.row.kind.takes: read.media} if read.row.kind.takes else {}
