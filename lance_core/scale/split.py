@@ -2,7 +2,7 @@
 
 Every process has both experts and computes the context whole. While denoising, `sequence` divides the
 target's tokens: queries stay where they are, keys and values are gathered once a layer. With 2 key heads of
-128 these are small, 25 MB a layer at 121 frames of 480p; dividing by heads would end at 2 processes.
+128 these are small, 50 MB a layer and branch at 121 frames of 480p; by heads no more than 2 could divide.
 `guidance` computes a branch in each half of the processes and exchanges the velocity alone. ViT and VAE are
 the first process's; several results are decoded by several.
 
@@ -119,6 +119,8 @@ class SplitExpert(DualExpert):
     """A decoder whose velocity calls are divided over a team."""
 
     team: Team
+    share = staticmethod(share)
+    gather = staticmethod(gather)
 
     def velocity(self, rows: Sequence[Row], x: Tensor, t: Tensor, *args: Any, **options: Any) -> Tensor:
         """As `DualExpert.velocity`; every process of the team has the whole result."""
@@ -127,10 +129,10 @@ class SplitExpert(DualExpert):
         chosen = self._branch_of(rows)
         if chosen is None:
             group = self.team.everyone if self.team.mode != "guidance" else None
-            return self._divided(rows, x, t, group)
+            return self.divided(rows, x, t, group)
         index = torch.tensor(chosen, device=x.device)
-        own = self._divided([rows[i] for i in chosen], x[index], t[index], self.team.own)
-        both = gather(own[None], [1, 1], self.team.pair, 0)
+        own = self.divided([rows[i] for i in chosen], x[index], t[index], self.team.own)
+        both = self.gather(own[None], [1, 1], self.team.pair, 0)
         out = torch.empty_like(x, dtype=own.dtype)
         for branch, part in zip(Branch, both, strict=True):
             out[[i for i, row in enumerate(rows) if row.branch is branch]] = part
@@ -143,12 +145,12 @@ class SplitExpert(DualExpert):
         parts = [[i for i, row in enumerate(rows) if row.branch is branch] for branch in Branch]
         return parts[self.team.branch] if len(parts[0]) == len(parts[1]) else None
 
-    def _divided(self, rows: Sequence[Row], x: Tensor, t: Tensor, group: Any) -> Tensor:
+    def divided(self, rows: Sequence[Row], x: Tensor, t: Tensor, group: Any) -> Tensor:
         """Velocity with the target's tokens divided over a group."""
         first = rows[0].prepared
         expert = self.generation
         gen = expert.embed_latents(x, t, first.table, self.dtype)
-        own, lengths = share(gen.shape[1], group)
+        own, lengths = self.share(gen.shape[1], group)
         gen = gen[:, own].contiguous()
         und = first.markers.expand(len(rows), -1, -1)
         ropes = [row.prepared.rope[row.branch] for row in rows]
@@ -161,10 +163,10 @@ class SplitExpert(DualExpert):
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             if group is None:
                 return whole(layer, q, k, v)
-            both = gather(torch.stack([k, v])[:, :, MARKERS:], lengths, group, 2)
+            both = self.gather(torch.stack([k, v])[:, :, MARKERS:], lengths, group, 2)
             keys, values = (torch.cat([m[:, :MARKERS], g], 1) for m, g in zip((k, v), both, strict=True))
             return whole(layer, q, keys, values)
 
         _, gen = run_layers(self.und.layers, expert.layers, und, gen, cos, sin, attend, self.side)
-        v = gather(expert.llm2vae(expert.norm(gen)).float(), lengths, group, 1)
+        v = self.gather(expert.llm2vae(expert.norm(gen)).float(), lengths, group, 1)
         return v.unflatten(1, x.shape[1:4])
