@@ -43,6 +43,9 @@ def url(tmp_path_factory):
     errors: list[str] = []
     threading.Thread(target=lambda: errors.extend(process.stderr), daemon=True).start()
     line = process.stdout.readline()
+    if not line.startswith("serving"):
+        process.wait(60)
+        time.sleep(1)
     assert line == f"serving Lance_3B_Video at http://127.0.0.1:{port}/v1\n", "".join(errors)
     yield f"http://127.0.0.1:{port}"
     process.send_signal(signal.SIGTERM)

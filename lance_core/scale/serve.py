@@ -48,7 +48,8 @@ def run(config: ServeConfig, ready: Callable[[str], None]) -> None:
         told = " ".join(str(error).split())[:300]
         raise RequestError(f"the server does not start ({told})") from error
     finally:
-        serve.shutdown()
+        if config.address:  # a Ray of our own ends whole, with all that runs in it
+            serve.delete(NAME)
         ray.shutdown()
 
 
