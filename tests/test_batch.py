@@ -468,13 +468,14 @@ def test_a_full_disk_is_no_rows_fault(drawn, tmp_path, monkeypatch):
     assert run(drawn / "a.jsonl", tmp_path / "out")["done"] == 2
 
 
-def test_help_of_batch_imports_no_torch():
+@pytest.mark.parametrize("words", [["--help"], ["batch", "--help"], ["serve", "--help"], ["t2i", "--help"]])
+def test_help_imports_no_torch_and_nothing_of_this(words):
     import subprocess
     import sys
 
     code = (
         "import sys\nfrom lance_core.cli.main import main\n"
-        "try: main(['batch', '--help'])\nexcept SystemExit: pass\n"
+        f"try: main({words})\nexcept SystemExit: pass\n"
         "print(sorted(n for n in sys.modules if n in ('torch', 'numpy', 'av') or 'lance_core.scale' in n))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -147,6 +147,15 @@ def test_an_address_of_an_allowed_host_is_fetched_and_no_other():
         server.server_close()
 
 
+def test_what_a_client_is_told_of_an_error():
+    from lance_core.errors import CheckpointError, MediaError
+
+    assert requests.as_error(RequestError("steps is 0")) == "steps is 0"
+    assert requests.as_error(MediaError("damaged")) == "damaged"
+    for error in (CheckpointError("/a/secret/path is damaged"), ValueError("a bug")):
+        assert requests.as_error(error) == "the server failed; its log says how"
+
+
 def test_forms():
     kind = 'multipart/form-data; boundary="xyz"'
     body = b'--xyz\r\nContent-Disposition: form-data; name="prompt"\r\n\r\nblue\r\n'

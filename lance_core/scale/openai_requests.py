@@ -17,7 +17,7 @@ from typing import Any
 from .. import checks
 from ..checks import shown
 from ..config import OUTPUT_FPS
-from ..errors import LanceError, RequestError
+from ..errors import MediaError, RequestError
 from ..inputs import tasks
 from .row_forms import check_options
 from .rows import GENERATION_OPTIONS, TEXT_OPTIONS
@@ -229,5 +229,6 @@ def _urls(parts: Sequence[Any], kind: str) -> list[Any]:
 
 
 def as_error(error: BaseException) -> str:
-    """What to tell a client: a typed error's words, and of anything else only that there was one."""
-    return str(error)[:500] if isinstance(error, LanceError) else "the server failed; its log says how"
+    """What to tell a client: what is wrong with its request, and of anything else only that it went wrong."""
+    own = isinstance(error, RequestError | MediaError)
+    return str(error)[:500] if own else "the server failed; its log says how"

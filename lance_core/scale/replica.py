@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
-from ..errors import LanceError
+from ..errors import MediaError, RequestError
 from ..inputs.tasks import TASKS
 from .openai_requests import Asked, as_error
 from .serve_config import ServeConfig, config_of
@@ -70,10 +70,9 @@ class Replica:
         except _NobodyWaits:
             tell({"error": "cancelled", "fault": "client"})
         except Exception as error:
-            fault = "client" if isinstance(error, LanceError) else "server"
-            tell(
-                {"error": as_error(error), "fault": fault, "detail": f"{type(error).__name__}: {error}"[:500]}
-            )
+            fault = "client" if isinstance(error, RequestError | MediaError) else "server"
+            detail = f"{type(error).__name__}: {error}"[:500]
+            tell({"error": as_error(error), "fault": fault, "detail": detail})
         finally:
             tell(None)
 
