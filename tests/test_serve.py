@@ -31,8 +31,8 @@ SMALL = {"steps": 1, "resolution": "video_192p"}
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory):
-    """A server's address."""
+def server(tmp_path_factory):
+    """A server: its address and its process."""
     folder = tmp_path_factory.mktemp("serve")
     config = {"checkpoint": str(VIDEO), "api_key": KEY, "queue": QUEUE, "limits": LIMITS, "dtype": "float32"}
     (folder / "serve.json").write_text(json.dumps(config | {"videos": 3}))
@@ -47,10 +47,15 @@ def url(tmp_path_factory):
         process.wait(60)
         time.sleep(1)
     assert line == f"serving Lance_3B_Video at http://127.0.0.1:{port}/v1\n", "".join(errors)
-    yield f"http://127.0.0.1:{port}"
+    yield f"http://127.0.0.1:{port}", process
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 128 + signal.SIGTERM
     assert "Traceback" not in "".join(errors)
+
+
+@pytest.fixture
+def url(server) -> str:
+    return server[0]
 
 
 @pytest.fixture
@@ -197,12 +202,22 @@ def test_a_full_server_says_when_to_come_again(url, client):
     assert until_idle(url)
 
 
-def models() -> dict[int, int]:
-    """Resident memory, in bytes, of the processes that hold a model or speak HTTP, by their id."""
+def parents(process: int) -> set[int]:
+    """A process's parent, its parent's, and so on."""
+    found: set[int] = set()
+    while process > 1:
+        process = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+        found.add(process)
+    return found
+
+
+def models(server) -> dict[int, int]:
+    """Resident memory, in bytes, of the server's processes that hold a model or speak HTTP, by their id."""
     found = {}
     for entry in Path("/proc").iterdir():
         try:
-            if b"ray::ServeReplica:lance" in (entry / "cmdline").read_bytes():
+            ours = b"ray::ServeReplica:lance" in (entry / "cmdline").read_bytes()
+            if ours and server[1].pid in parents(int(entry.name)):
                 pages = int((entry / "statm").read_text().split()[1])
                 found[int(entry.name)] = pages * os.sysconf("SC_PAGE_SIZE")
         except (OSError, ValueError):
@@ -211,7 +226,7 @@ def models() -> dict[int, int]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc here")
-def test_two_hundred_mixed_requests(url, client):
+def test_two_hundred_mixed_requests(server, url, client):
     """No error and no growth; latencies are printed, not judged."""
 
     def one(i: int) -> tuple[str, float]:
@@ -229,9 +244,9 @@ def test_two_hundred_mixed_requests(url, client):
 
     with ThreadPoolExecutor(QUEUE) as pool:
         list(pool.map(one, range(40)))  # what is allocated once
-        before = models()
+        before = models(server)
         took = list(pool.map(one, range(40, 240)))
-    after = models()
+    after = models(server)
     assert before.keys() == after.keys() and len(before) == 2, "nobody was lost"
     growth = sum(after.values()) - sum(before.values())
     for kind in ("picture", "question", "stream", "edit"):
@@ -246,9 +261,9 @@ def test_two_hundred_mixed_requests(url, client):
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc here")
-def test_a_model_that_is_lost_is_replaced(url, client):
+def test_a_model_that_is_lost_is_replaced(server, client):
     """Its request fails with a sentence, and a little later the server answers again."""
-    for process in models():
+    for process in models(server):
         if b"Model" in Path(f"/proc/{process}/cmdline").read_bytes():
             os.kill(process, signal.SIGKILL)
     until, made = time.monotonic() + 90, None
