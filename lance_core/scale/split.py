@@ -12,19 +12,20 @@ Sums are over the same numbers in another order, so results agree to rounding.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..components import Components
 from ..config import Grid, pixel_size
 from ..errors import LanceError, RequestError
+from ..model.attention import Attention
 from ..model.decoder import run_layers
 from ..model.dual_expert import DualExpert, Row
 from ..model.kv_cache import AttendTargets
-from ..model.sequence import MARKERS, Branch, Kind, Role, VisualSegment
+from ..model.sequence import MARKERS, Branch, VisualSegment
 from ..pipeline import Lance
 from .groups import Team, from_first, gather, share
 
@@ -55,15 +56,16 @@ class SplitComponents(Components):
         split.team = self.team
         return split
 
-    def vit_segment(self, clip: np.ndarray, resolution: str, role: Role) -> VisualSegment:
+    def vit_segment(self, *args: Any, **options: Any) -> VisualSegment:
         """As `Components.vit_segment`, computed by the first process."""
-        found = self._first(lambda: super(SplitComponents, self).vit_segment(clip, resolution, role))
-        grid, data = self._told(found, lambda segment: (segment.grid, segment.data))
-        return VisualSegment(Kind.VIT, role, grid, data)
+        found = self._first(lambda: super(SplitComponents, self).vit_segment(*args, **options))
+        empty = torch.empty(0)
+        segment, data = self._told(found, lambda one: (replace(one, data=empty), one.data))
+        return replace(segment, data=data)
 
-    def encode_vae(self, clip: np.ndarray, resolution: str) -> Tensor:
+    def encode_vae(self, *args: Any, **options: Any) -> Tensor:
         """As `Components.encode_vae`, computed by the first process."""
-        found = self._first(lambda: super(SplitComponents, self).encode_vae(clip, resolution))
+        found = self._first(lambda: super(SplitComponents, self).encode_vae(*args, **options))
         return self._told(found, lambda latent: (None, latent))[1]
 
     def _first(self, compute: Any) -> Any:
@@ -92,16 +94,16 @@ class SplitComponents(Components):
             raise TypeError("the first process told nothing")
         return value, told
 
-    def decode_vae(self, latent: Tensor) -> Tensor:
+    def decode_vae(self, latent: Tensor, *args: Any, **options: Any) -> Tensor:
         """As `Components.decode_vae` in the first process; the others' frames are empty. Several results are
         divided over the team.
         """
         group = self.team.everyone if len(latent) > 1 else None
         own, lengths = share(len(latent), group)
         if group is None:
-            return super().decode_vae(latent) if self.team.rank == 0 else _no_frames(latent)
+            return super().decode_vae(latent, *args, **options) if self.team.rank == 0 else _no_frames(latent)
         if own.start < own.stop:
-            part = super().decode_vae(latent[own])
+            part = super().decode_vae(latent[own], *args, **options)
         else:
             part = _no_frames(latent)[:0]
         return gather(part.to(self.device), lengths, group, 0).cpu()
@@ -122,16 +124,23 @@ class SplitExpert(DualExpert):
     share = staticmethod(share)
     gather = staticmethod(gather)
 
-    def velocity(self, rows: Sequence[Row], x: Tensor, t: Tensor, *args: Any, **options: Any) -> Tensor:
+    def velocity(
+        self,
+        rows: Sequence[Row],
+        x: Tensor,
+        t: Tensor,
+        attention: Attention | None = None,
+        **others: Any,
+    ) -> Tensor:
         """As `DualExpert.velocity`; every process of the team has the whole result."""
-        if any(value is not None for value in (*args, *options.values())):
-            raise RequestError("a split request takes no attention and no hooks of its own")
+        if any(value is not None for value in others.values()):
+            raise RequestError(f"a split request cannot have {', '.join(others)}; leave out --split")
         chosen = self._branch_of(rows)
         if chosen is None:
             group = self.team.everyone if self.team.mode != "guidance" else None
-            return self.divided(rows, x, t, group)
+            return self.divided(rows, x, t, group, attention)
         index = torch.tensor(chosen, device=x.device)
-        own = self.divided([rows[i] for i in chosen], x[index], t[index], self.team.own)
+        own = self.divided([rows[i] for i in chosen], x[index], t[index], self.team.own, attention)
         both = self.gather(own[None], [1, 1], self.team.pair, 0)
         out = torch.empty_like(x, dtype=own.dtype)
         for branch, part in zip(Branch, both, strict=True):
@@ -145,7 +154,9 @@ class SplitExpert(DualExpert):
         parts = [[i for i, row in enumerate(rows) if row.branch is branch] for branch in Branch]
         return parts[self.team.branch] if len(parts[0]) == len(parts[1]) else None
 
-    def divided(self, rows: Sequence[Row], x: Tensor, t: Tensor, group: Any) -> Tensor:
+    def divided(
+        self, rows: Sequence[Row], x: Tensor, t: Tensor, group: Any, attention: Attention | None = None
+    ) -> Tensor:
         """Velocity with the target's tokens divided over a group."""
         first = rows[0].prepared
         expert = self.generation
@@ -158,7 +169,9 @@ class SplitExpert(DualExpert):
             torch.cat([torch.cat([one[:, :MARKERS], one[:, MARKERS:][:, own]], 1) for one in part])
             for part in zip(*ropes, strict=True)
         )
-        whole = AttendTargets([(row.prepared.context, row.branch) for row in rows], self.attention)
+        whole = AttendTargets(
+            [(row.prepared.context, row.branch) for row in rows], attention or self.attention
+        )
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             if group is None:
