@@ -29,6 +29,18 @@ def test_without_ray_it_says_what_to_install(tmp_path, monkeypatch):
         run(file, tmp_path / "out", engine="ray", workers=2)
 
 
+class Broken(ray_engine.Drawer):
+    """An actor whose reading of media fails, as it does where a package is missing."""
+
+    def __init__(self, settings) -> None:
+        super().__init__(settings)
+
+        def read(row):
+            raise ImportError("nothing here")
+
+        self._session.read = read
+
+
 @pytest.fixture(scope="module")
 def ray():
     """The package; these tests are left out, and say so, where it is not installed."""
@@ -64,6 +76,18 @@ def test_two_actors_one_killed_in_the_middle(ray, tmp_path, monkeypatch, caplog)
     while time.monotonic() < until and Path(f"/proc/{killed[0]}").exists():
         time.sleep(0.1)
     assert run(file, tmp_path / "out", engine="ray", workers=2)["done"] == 10
+
+
+def test_actors_that_cannot_work_end_the_run_with_a_sentence(ray, tmp_path, monkeypatch, caplog):
+    """As on a cluster whose machines lack something: nobody waits for what never comes."""
+    rows = [{"id": f"{i}", "task": "image_edit", "prompt": "x", "image": "in.png"} for i in range(9)]
+    file = write_rows(tmp_path / "a.jsonl", rows)
+    (tmp_path / "in.png").write_bytes(b"a picture")
+    monkeypatch.setattr(ray_engine, "Drawer", Broken)
+    here = str(Path(__file__).parent)  # where actors find Broken
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")])))
+    with pytest.raises(RequestError, match="ended without a result.*ImportError: nothing here"):
+        run(file, tmp_path / "out", engine="ray", workers=1, task=None)
 
 
 def test_more_workers_than_the_cluster_has_room_for(ray, tmp_path):

@@ -38,13 +38,19 @@ class Drawer:
         return os.getpid()
 
     def read(self, row: dict[str, Any]) -> None:
-        """Read a row's media, for `draw` to take in the same order."""
-        self._read.put(self._session.read(Row(**row)))
+        """Read a row's media, for `draw` to take in the same order; also if this fails."""
+        try:
+            self._read.put(self._session.read(Row(**row)))
+        except Exception as error:
+            self._read.put(error)
 
     def draw(self) -> dict[str, Any]:
         """Draw the row that was read first: {"line": ...}, or {"stop": why}."""
+        read = self._read.get()
+        if isinstance(read, Exception):
+            raise read
         try:
-            return {"line": self._session.draw(self._read.get())}
+            return {"line": self._session.draw(read)}
         except StorageFullError as error:
             return {"stop": str(error)}
 
@@ -130,5 +136,8 @@ class RayWorker:
 
 
 def _told(error: BaseException) -> str:
+    cause = getattr(error, "cause", None)  # of what the actor itself raised
+    if cause is not None:
+        return f"{type(cause).__name__}: {cause}"[:200]
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
