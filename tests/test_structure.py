@@ -58,7 +58,8 @@ ALLOWED = {
     "huggingface_hub",
     "httpx",
 }
-OPTIONAL = {("model.attention", "flash_attn"), ("bench.plot", "matplotlib")}
+OPTIONAL = {("model.attention", "flash_attn"), ("bench.plot", "matplotlib"), ("scale.ray_start", "ray")}
+OPTIONAL |= {("scale.serve", "ray"), ("scale.front", "starlette")}
 
 
 def dotted(path: Path) -> str:

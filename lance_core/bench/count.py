@@ -64,13 +64,14 @@ class Passes:
             self._modules[part] = build(part, self.config, "bf16", "meta")
         return self._modules[part]
 
-    def _model(self, *parts: str) -> DualExpert:
+    def model(self, *parts: str) -> DualExpert:
+        """The decoder with these experts."""
         gen = self._module("gen") if "gen" in parts else None
         return DualExpert(self.config.llm, self._module("und"), gen, dtype=COMPUTE, device="meta")
 
     def step(self, size: str, guided: bool) -> Count:
         """A denoising step, its context ready: both branches in one forward, or the conditional one."""
-        model, what = self._model("und", "gen"), case(size, self.config)
+        model, what = self.model("und", "gen"), case(size, self.config)
         plan = Plan.of(what.sequence(self.config), self.config.tokens_per_second, guided=True)
         with torch.inference_mode():
             prepared = model.prefill(plan)
@@ -81,13 +82,13 @@ class Passes:
 
     def prefill(self, size: str, edit: bool) -> Count:
         """Both branches' contexts of a prompt, or of an edit of a picture."""
-        model, what = self._model("und", "gen"), case(size, self.config, edit=edit)
+        model, what = self.model("und", "gen"), case(size, self.config, edit=edit)
         plan = Plan.of(what.sequence(self.config), self.config.tokens_per_second, guided=True)
         return counted(lambda: model.prefill(plan))
 
     def token(self) -> Count:
         """One greedy token of an answer about a 768x768 picture, choosing it included."""
-        model, choose = self._model("und"), Chooser(0, 1, 0)
+        model, choose = self.model("und"), Chooser(0, 1, 0)
         sequence = case("768", self.config).question(self.config)
 
         def some(tokens: int) -> Count:

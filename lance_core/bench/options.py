@@ -105,6 +105,9 @@ def _count(parser: argparse.ArgumentParser) -> None:
     cards = ("all", "h200", "4090", "3060")
     parser.add_argument("--card", default="all", choices=cards, help="predict times for this one (all)")
     parser.add_argument("--layers", type=int, help="cut the experts to so many (default: all 36)")
+    text = "predict instead what several GPUs gain on one video (t2v --split)"
+    instead: dict[str, Any] = {"action": "store_const", "const": "split_count", "default": argparse.SUPPRESS}
+    parser.add_argument("--split", dest="bench", help=text, **instead)
     _option(parser, "top", 8, "source lines that move the most bytes outside products", "N")
 
 

@@ -40,6 +40,10 @@ class Bars:
         if done >= total:
             self.close()
 
+    def note(self, text: str) -> None:
+        """A line on stderr, above the bar."""
+        tqdm.write(text, file=sys.stderr)
+
     def close(self) -> None:
         """Take the bar away."""
         if self.bar is not None:

@@ -31,6 +31,7 @@ TASK_HELP = {
     "x2t_image": "answer a question about a picture",
     "x2t_video": "answer a question about a clip",
 }
+SPLITS = ("guidance", "sequence", "both")
 OPTIONS = ["width", "height", "steps", "shift", "cfg", "cfg_interval", "renorm", "renorm_min", "seed"]
 OPTIONS += ["negative_prompt", "system_prompt", "resolution"]
 
@@ -86,6 +87,9 @@ def _add_generation_options(sub: argparse.ArgumentParser, task: Task) -> None:
     sub.add_argument("--seed", type=int, default=default.seed, help=shown)
     text = "N results with seeds SEED, SEED+1, …; default: 1"
     sub.add_argument("--batch", type=int, default=1, metavar="N", help=text)
+    text = "several processes, a GPU each, draw one result: guidance's passes apart, tokens divided, or both"
+    sub.add_argument("--split", choices=SPLITS, help=text)
+    sub.add_argument("--workers", metavar="N", help="how many for --split; default: all GPUs")
     if task.name == "image_edit":
         text = "another edit, of the last result; repeatable"
         sub.add_argument("--then", action="append", default=[], metavar="PROMPT", help=text)
@@ -100,18 +104,46 @@ def _add_text_options(sub: argparse.ArgumentParser, task: Task) -> None:
     sub.add_argument("--seed", type=int, default=0, help=shown)
 
 
-def run(args: argparse.Namespace, bars: Bars) -> dict[str, Any]:
-    """One generation or understanding command; returns its machine-readable result."""
+def run(args: argparse.Namespace, bars: Bars) -> dict[str, Any] | int | None:
+    """One generation or understanding command; returns its machine-readable result, or of several processes
+    the exit code.
+    """
     task = TASKS[args.command]
     output = None if task.output == "text" else _checked_output(args, task)
+    if output is None:
+        return _understand(args, task, _load(args, task, device_of(args.device), bars), bars)
+    if args.split is not None:
+        return _split(args, task, output, bars)
+    if args.workers is not None:
+        raise RequestError(
+            "--workers is for --split: one result by several processes. Lists of requests: `batch`"
+        )
+    return _generate(args, task, _load(args, task, device_of(args.device), bars), output, bars)
+
+
+def _load(args: argparse.Namespace, task: Task, device: str, bars: Bars) -> Lance:
     from ..pipeline import load
 
     where = args.model or Path("models/lance") / ("Lance_3B_Video" if task.is_video else "Lance_3B")
     options = {key: getattr(args, key) for key in ("vit", "vae", "compile", "overlap")}
-    lance = load(where, device_of(args.device), dtype_of(args.dtype), **options, progress=bars)
-    if output is None:
-        return _understand(args, task, lance, bars)
-    return _generate(args, task, lance, output, bars)
+    return load(where, device, dtype_of(args.dtype), **options, progress=bars)
+
+
+def _split(args: argparse.Namespace, task: Task, output: Path, bars: Bars) -> dict[str, Any] | int | None:
+    """Start the processes of a split request; or, in one of them, do its part."""
+    from ..scale import launch
+
+    if not launch.is_rank():
+        return launch.run(args.arguments, launch.count_for(args.split, args.workers))
+    device = launch.device(args.device)
+    first = launch.rank() == 0
+    bars.enabled = bars.enabled and first
+    with launch.member(device):
+        from ..scale.split import joined
+
+        lance = joined(_load(args, task, device, bars), args.split)
+        result = _generate(args, task, lance, output if first else None, bars)
+    return result if first else None
 
 
 def default_output(task: Task) -> str:
@@ -167,7 +199,10 @@ def _understand(args: argparse.Namespace, task: Task, lance: Lance, bars: Bars) 
     return {"task": task.name, "text": answer.text, "token_ids": answer.token_ids}
 
 
-def _generate(args: argparse.Namespace, task: Task, lance: Lance, output: Path, bars: Bars) -> dict[str, Any]:
+def _generate(
+    args: argparse.Namespace, task: Task, lance: Lance, output: Path | None, bars: Bars
+) -> dict[str, Any]:
+    """Draw all turns; without an output nothing is written."""
     options = {key: getattr(args, key) for key in OPTIONS if hasattr(args, key)}
     options |= {"batch_size": args.batch, "num_frames": getattr(args, "frames", None)}
     source: dict[str, Any] = {task.takes: getattr(args, task.takes)} if task.takes else {}
@@ -175,8 +210,9 @@ def _generate(args: argparse.Namespace, task: Task, lance: Lance, output: Path, 
     written = []
     for turn, prompt in enumerate(turns, 1):
         result = lance.generate(task.name, prompt, **source, **options)
-        path = _turn_path(output, turn, len(turns))
-        written += _save(result, path, {"turns": turns[:turn]} if len(turns) > 1 else {}, args, bars)
+        if output is not None:
+            path = _turn_path(output, turn, len(turns))
+            written += _save(result, path, {"turns": turns[:turn]} if len(turns) > 1 else {}, args, bars)
         source = {str(task.takes): result.frames[0]}
     return {"task": task.name, "files": written}
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..errors import LanceError
-from . import files, generate, measure
+from . import files, generate, measure, scale
 from .common import Bars, prepare_output, to_json
 
 ENDED = 128  # plus the signal's number
@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m lance_core", description="Lance: understand, generate and edit images and video."
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for family in (generate, files, measure):
+    for family in (generate, scale, files, measure):
         family.add_commands(commands)
     return top
 
@@ -57,6 +57,7 @@ def main(argv: Sequence[str] | None = None, emit: Callable[[str], None] = print)
     """Run one command; returns the exit code."""
     prepare_output()
     args = parser().parse_args(argv)
+    args.arguments = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     bars = Bars(not getattr(args, "quiet", False))
     try:
@@ -91,7 +92,9 @@ def _run(args: argparse.Namespace, bars: Bars, emit: Callable[[str], None]) -> i
             emit(to_json({"error": str(error), "type": type(error).__name__}))
         return 2
     bars.close()
-    if as_json:
+    if isinstance(result, int):  # processes of its own have done and said everything
+        return result
+    if as_json and result is not None:
         emit(to_json(result | {"seconds": round(time.perf_counter() - began, 3)}))
     return 0
 
