@@ -58,7 +58,11 @@ ALLOWED = {
     "huggingface_hub",
     "httpx",
 }
-OPTIONAL = {("model.attention", "flash_attn"), ("bench.plot", "matplotlib")}
+OPTIONAL = {
+    ("model.attention", "flash_attn"),
+    ("bench.plot", "matplotlib"),
+    ("training.optimizer", "bitsandbytes"),
+}
 
 
 def dotted(path: Path) -> str:

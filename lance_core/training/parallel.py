@@ -1,0 +1,75 @@
+"""Several processes, each with its share of every step, as torchrun starts them.
+
+A step's gradient is that of all ranks' tokens together: each rank's loss is divided by the tokens of all, and
+the gradients are averaged once a step, whatever was accumulated before.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+BUCKET = 64 << 20  # bytes of gradients averaged at once
+
+
+def start() -> tuple[int, int]:
+    """Join the other processes if torchrun started this one; returns (rank, how many)."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return rank(), world()
+
+
+def stop() -> None:
+    """Leave the others."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """This process's number."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def summed(*numbers: float, device: torch.device | str = "cpu") -> tuple[float, ...]:
+    """Each number, summed over all ranks."""
+    if world() == 1:
+        return numbers
+    shared = torch.tensor(numbers, dtype=torch.float64, device=device)
+    dist.all_reduce(shared)
+    return tuple(shared.tolist())
+
+
+def average_gradients(weights: Mapping[str, nn.Parameter]) -> None:
+    """Every gradient, averaged over the ranks; one that a rank lacks counts as zero there."""
+    if world() == 1:
+        return
+    waiting: list[nn.Parameter] = []
+    size = 0
+    for weight in weights.values():
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+        waiting.append(weight)
+        size += weight.grad.nbytes
+        if size >= BUCKET:
+            _average(waiting)
+            waiting, size = [], 0
+    if waiting:
+        _average(waiting)
+
+
+def _average(weights: list[nn.Parameter]) -> None:
+    gradients = [w.grad for w in weights if w.grad is not None]
+    joined = torch.cat([g.flatten() for g in gradients])
+    dist.all_reduce(joined)
+    joined /= world()
+    for gradient, part in zip(gradients, joined.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
