@@ -80,21 +80,11 @@ def convert(
         planned.append(
             _constant("scaled_fp8", torch.zeros(2).to(torch.float8_e4m3fn))
         )  # two elements say: weight-only
-    told = {
-        "llm_config": checkpoint.config.raw,
-        "tokenizer": checkpoint.tokenizer.definition,
-        "dtype": choice,
-        "variant": checkpoint.config.variant,
-    }
-    if checkpoint.config.vit:
-        told["vit_config"] = to_json(checkpoint.config.vit)
-    metadata = {
-        "format": "pt",
-        "lance_version": VERSION,
-        "lance": json.dumps(told, ensure_ascii=False, sort_keys=True),
-    }
     total = write_safetensors(
-        target, planned, metadata, lambda done, all_: progress and progress("converting", done, all_)
+        target,
+        planned,
+        file_metadata(checkpoint, choice),
+        lambda done, all_: progress and progress("converting", done, all_),
     )
     return {
         "source": str(source),
@@ -103,6 +93,23 @@ def convert(
         "source_bytes": sum(part.nbytes for part in checkpoint.parts.values()),
         "parts": sizes,
         "dtypes": {name: choice[name] for name in sizes},
+    }
+
+
+def file_metadata(checkpoint: Checkpoint, dtypes: dict[str, str]) -> dict[str, str]:
+    """What a single file says of itself: configuration, tokeniser, and the dtype of each part."""
+    told = {
+        "llm_config": checkpoint.config.raw,
+        "tokenizer": checkpoint.tokenizer.definition,
+        "dtype": dtypes,
+        "variant": checkpoint.config.variant,
+    }
+    if checkpoint.config.vit:
+        told["vit_config"] = to_json(checkpoint.config.vit)
+    return {
+        "format": "pt",
+        "lance_version": VERSION,
+        "lance": json.dumps(told, ensure_ascii=False, sort_keys=True),
     }
 
 

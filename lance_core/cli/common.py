@@ -40,6 +40,11 @@ class Bars:
         if done >= total:
             self.close()
 
+    def note(self, text: str) -> None:
+        """Show a few words behind the bar."""
+        if self.bar is not None:
+            self.bar.set_postfix_str(text, refresh=False)
+
     def close(self) -> None:
         """Take the bar away."""
         if self.bar is not None:

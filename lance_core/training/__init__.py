@@ -6,6 +6,7 @@ samples, noise and times. docs/training.md describes both.
 
 from .objective import Loss, drawn_time, loss
 from .passes import Experts
+from .run import train
 from .sample import Sample, answer_sample, generation_sample, system_prompt
 
 __all__ = [
@@ -17,4 +18,5 @@ __all__ = [
     "generation_sample",
     "loss",
     "system_prompt",
+    "train",
 ]

@@ -39,7 +39,7 @@ class Loss:
     @property
     def sums(self) -> tuple[float, float]:
         """Weighted sum of (ce, mse) over the batch's tokens."""
-        return float((self.ce * self.weights).sum()), float(self.mse.sum())
+        return float((self.ce * self.weights).sum().detach()), float(self.mse.sum().detach())
 
 
 def loss(

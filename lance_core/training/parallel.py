@@ -7,7 +7,8 @@ the gradients are averaged once a step, whatever was accumulated before.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -73,3 +74,13 @@ def _average(weights: list[nn.Parameter]) -> None:
     joined /= world()
     for gradient, part in zip(gradients, joined.split([g.numel() for g in gradients]), strict=True):
         gradient.copy_(part.view_as(gradient))
+
+
+@contextmanager
+def first_alone() -> Iterator[None]:
+    """Rank 0 runs the body before the others do: they find what it put on the disk."""
+    if world() > 1 and rank() > 0:
+        dist.barrier()
+    yield
+    if world() > 1 and rank() == 0:
+        dist.barrier()
