@@ -62,6 +62,9 @@ OPTIONAL = {
     ("model.attention", "flash_attn"),
     ("bench.plot", "matplotlib"),
     ("training.optimizer", "bitsandbytes"),
+    ("training.released_data", "pyarrow"),
+    ("training.released_data", "yaml"),
+    ("training.conversion", "pyarrow"),
 }
 
 

@@ -17,6 +17,7 @@ def add_commands(commands: Any) -> None:
     learn = commands.add_parser("train", help="train a LoRA on pictures, clips, edits or answers")
     _add_train(learn)
     learn.set_defaults(run=train)
+    add_dataset(commands)
 
 
 def _add_train(sub: argparse.ArgumentParser) -> None:
@@ -152,3 +153,83 @@ def report(result: dict[str, Any]) -> str:
     if len(result["skipped"]) > 20:
         lines.append(f"  and {len(result['skipped']) - 20} more (`python -m lance_core dataset check`)")
     return "\n".join([*lines, *(f"  {note}" for note in result["notes"])])
+
+
+def add_dataset(commands: Any) -> None:
+    """dataset check, convert and caption."""
+    about = commands.add_parser("dataset", help="check, convert or caption a data set for `train`")
+    verbs = about.add_subparsers(dest="verb", required=True, metavar="VERB")
+    check = verbs.add_parser("check", help="what is in it and what is wrong with it, row by row")
+    check.add_argument("data", metavar="DATA")
+    check.add_argument("--resolution", choices=PRESETS, help="default: each task's own")
+    check.add_argument("--task", choices=("auto", "i2v", "x2t_image", "x2t_video"), default="auto")
+    check.add_argument("--question", help="with --task x2t_*: what captions are the answers to")
+    check.set_defaults(run=dataset_check)
+
+    convert = verbs.add_parser("convert", help="write it in another form, media copied")
+    convert.add_argument("data", metavar="DATA")
+    convert.add_argument("target", metavar="DIR", help="a new folder")
+    convert.add_argument("--to", choices=("folder", "jsonl", "parquet"), required=True)
+    convert.set_defaults(run=dataset_convert)
+
+    caption = verbs.add_parser("caption", help="let Lance write NAME.txt beside pictures and clips")
+    caption.add_argument("data", metavar="DIR")
+    _add_model(caption)
+    caption.add_argument("--question", help="what to ask; default: to describe it in one detailed sentence")
+    caption.add_argument("--overwrite", action="store_true", help="write over captions that are there")
+    text = "what the model sees; default: each task's own"
+    caption.add_argument("--resolution", choices=PRESETS, help=text)
+    caption.add_argument("--max-new-tokens", type=int, default=128, help="default: %(default)s")
+    caption.set_defaults(run=dataset_caption)
+    for sub in (check, convert, caption):
+        output_options(sub)
+
+
+def dataset_check(args: argparse.Namespace, bars: Bars) -> dict[str, Any]:
+    """Describe a data set."""
+    from ..training import inspection
+
+    task = None if args.task == "auto" else args.task
+    result = inspection.inspect(args.data, args.resolution, task, args.question, bars)
+    if not args.json:
+        print(inspection.report(result))
+    return result
+
+
+def dataset_convert(args: argparse.Namespace, bars: Bars) -> dict[str, Any]:
+    """Write a data set in another form."""
+    from ..training import conversion
+
+    result = conversion.convert(args.data, args.target, args.to)
+    if not args.json:
+        print(f"{result['folder']}: {result['rows']} rows as {result['form']}")
+        for name, why in result["problems"].items():
+            print(f"  left out: {name}: {why}")
+        for note in result["notes"]:
+            print(f"  note: {note}")
+    return result
+
+
+def dataset_caption(args: argparse.Namespace, bars: Bars) -> dict[str, Any]:
+    """Write captions."""
+    from ..pipeline import load
+    from ..training import captions
+
+    options = {"vit": args.vit, "vae": args.vae, "progress": None}
+    lance = load(model_of(args.model), device_of(args.device), dtype_of(args.dtype), **options)
+    result = captions.caption(
+        Path(args.data),
+        lance,
+        args.question,
+        args.overwrite,
+        args.resolution,
+        args.max_new_tokens,
+        bars,
+    )
+    if not args.json:
+        for name, text in result["captions"].items():
+            print(f"{name}: {text}")
+        print(f"{len(result['captions'])} written, {result['kept']} were there")
+        for name, why in result["problems"].items():
+            print(f"  left out: {name}: {why}")
+    return result

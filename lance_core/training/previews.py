@@ -10,6 +10,7 @@ from ..inputs import media
 from ..pipeline import Lance
 from .passes import Experts
 from .rows import Row, is_video, source_of
+from .settings import Settings
 
 NEW_TOKENS = 64
 
@@ -20,32 +21,31 @@ def save(
     folder: Path,
     step: int,
     row: Row,
-    prompts: tuple[str, ...],
-    resolution: str | None,
-    steps: int,
-    seed: int,
+    settings: Settings,
 ) -> list[Path]:
-    """Run each prompt with the experts as they are, and save what comes, with the step in its name.
+    """Run each sample prompt with the experts as they are, and save what comes, with the step in its name.
 
-    row: whose task is run, and whose source or first frame an edit or a clip starts from; of a question, the
-    row's own one is asked where there is no prompt.
+    row: whose task is run, and whose source or first frame an edit or a clip starts from, and about
+    whose media a question is asked.
 
     Raises:
         LanceError: as `Lance.generate` and `Lance.understand`.
     """
+    resolution = settings.resolution
     folder.mkdir(parents=True, exist_ok=True)
     components.use("und", experts.und)
     if experts.gen is not None:
         components.use("gen", experts.gen)
     lance, made = Lance(components), []
     try:
-        for number, prompt in enumerate(prompts):
+        for number, prompt in enumerate(settings.sample_prompts):
             path = folder / f"step-{step:06d}-{number}"
             if row.answer:
-                name = "video" if is_video(row.media) else "image"
+                video, source = is_video(row.media), source_of(row.media)
                 answer = lance.understand(
-                    prompt or row.text or " ",
-                    **{name: source_of(row.media)},
+                    prompt,
+                    image=None if video else source,
+                    video=source if video else None,
                     system_prompt=row.system,
                     resolution=resolution,
                     max_new_tokens=NEW_TOKENS,
@@ -53,8 +53,15 @@ def save(
                 made.append(path.with_suffix(".txt"))
                 made[-1].write_text(answer.text, encoding="utf-8")
                 continue
+            frames = settings.num_frames if row.task in ("t2v", "i2v", "subject_video") else None
             result = lance.generate(
-                row.task, prompt, **_taken(row), resolution=resolution, steps=steps, seed=seed
+                row.task,
+                prompt,
+                **_taken(row),
+                num_frames=frames,
+                resolution=resolution,
+                steps=settings.sample_steps,
+                seed=settings.seed,
             )
             if row.kind.output == "video":
                 made.append(path.with_suffix(".mp4"))

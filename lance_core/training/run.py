@@ -1,4 +1,4 @@
-"""A whole training: data set, states, steps, validation, samples and the resulting file."""
+"""A whole training: data set, states, steps, validation, samples and the file."""
 
 from __future__ import annotations
 
@@ -281,18 +281,9 @@ class _Run:
     def _preview(self) -> None:
         if parallel.rank() != 0:
             return
-        s, row = self.settings, self.data.rows[self.batches.measured[0]]
-        previews.save(
-            self.components,
-            self.learner.experts,
-            self.folder / "samples",
-            self.done,
-            row,
-            s.sample_prompts,
-            s.resolution,
-            s.sample_steps,
-            s.seed,
-        )
+        row = self.data.rows[self.batches.measured[0]]
+        place = self.folder / "samples"
+        previews.save(self.components, self.learner.experts, place, self.done, row, self.settings)
 
 
 def _check_tasks(found: DataSet, variant: str) -> None:
