@@ -62,7 +62,7 @@ OPTIONAL = {
     ("model.attention", "flash_attn"),
     ("bench.plot", "matplotlib"),
     ("training.optimizer", "bitsandbytes"),
-    ("training.released_data", "pyarrow"),
+    ("training.tables", "pyarrow"),
     ("training.released_data", "yaml"),
     ("training.conversion", "pyarrow"),
 }

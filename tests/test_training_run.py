@@ -381,6 +381,41 @@ def test_bfloat16(full, pictures, model, tmp_path, cache):
     assert all(v.dtype is torch.float32 for v in kept.values())
 
 
+@pytest.mark.parametrize("full", [False, True])
+def test_two_processes_train_what_one_does(full, pictures, model, tmp_path, cache):
+    """Started by torchrun: each takes its share of every batch; LoRAs whole on both, full weights halved."""
+    outputs = [tmp_path / "one.safetensors", tmp_path / "two.safetensors"]
+    options = QUICK | {"cache": cache, "steps": 2, "batch": 4, "save_every": 1, "full": full, "lr": 1e-4}
+    training.train(pictures, model, outputs[0], **options)
+    args = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    args += ["-m", "lance_core", "train", str(pictures), "-m", str(model), "-o", str(outputs[1])]
+    args += ["--steps", "2", "--batch", "4", "--save-every", "1", "--rank", "2", "--lr", "1e-4", "-q"]
+    args += [
+        "--dtype",
+        "float32",
+        "--resolution",
+        "image_256res",
+        "--cache",
+        str(cache),
+        "--max-tokens",
+        "400",
+    ]
+    env = os.environ | {"PYTHONPATH": str(Path(lance_core.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*args, *["--full"] * full], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("2 steps on 5 rows") == 1
+    first, second = (load_file(path) for path in outputs)
+    assert first.keys() == second.keys()
+    for key, value in first.items():
+        assert (value - second[key]).abs().max() <= 2e-6, key  # a step moves a weight by up to 1e-5
+    told = [lines(path) for path in outputs]
+    for one, two in zip(*told, strict=True):
+        assert one["rows"] == two["rows"] and one["tokens"] == two["tokens"]
+        assert one["loss"] == pytest.approx(two["loss"], rel=1e-6)
+        assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-5)
+    assert len(state.paths(tmp_path / "two.training")) == 2
+
+
 # -- other tasks ---------------------------------------------------------------------------------------------
 
 

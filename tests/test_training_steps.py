@@ -49,14 +49,22 @@ def test_five_steps(name):
         assert error <= 1e-3 * moved.abs().max(), one
 
 
-def test_two_ranks(tmp_path):
-    """Each rank's loss, and the gradient averaged over both, by gloo."""
+@pytest.mark.parametrize("kind", ["", "sharded"])
+def test_two_ranks(tmp_path, kind):
+    """Each rank's loss, and the gradient averaged over both, by gloo; whole weights on both, or halves."""
     here = Path(__file__).parent
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(here.parent), str(here)]), "OMP_NUM_THREADS": "1"}
     outs = [tmp_path / f"{rank}.safetensors" for rank in range(2)]
     ranks = [
         subprocess.Popen(
-            [sys.executable, str(here / "two_ranks.py"), str(rank), str(tmp_path / "meeting"), str(out)],
+            [
+                sys.executable,
+                str(here / "two_ranks.py"),
+                str(rank),
+                str(tmp_path / "meeting"),
+                str(out),
+                kind,
+            ],
             env=env,
             stderr=subprocess.PIPE,
         )

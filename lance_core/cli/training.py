@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,9 @@ def train(args: argparse.Namespace, bars: Bars) -> dict[str, Any]:
     if args.targets:
         options["targets"] = tuple(args.targets)
 
+    if int(os.environ.get("RANK", "0")):  # one of several processes speaks for all
+        bars.enabled = args.json = False
+
     def on_step(done: int, total: int, result: Any) -> None:
         memory = f", {result.gpu_gb:.1f} GB" if result.gpu_gb else ""
         bars.note(f"loss {result.loss:.4f}{memory}")
@@ -127,7 +131,7 @@ def train(args: argparse.Namespace, bars: Bars) -> dict[str, Any]:
         on_step=on_step,
         **options,
     )
-    if not args.json:
+    if not args.json and int(os.environ.get("RANK", "0")) == 0:
         print(report(result))
     return result
 

@@ -13,8 +13,8 @@ from ..errors import RequestError
 from ..files import written
 from .dataset import read, require
 from .folders import EDITED
-from .released_data import parquet
 from .rows import Cell, Media, Row, source_of
+from .tables import parquet
 
 FORMS = ("folder", "jsonl", "parquet")
 TABLE_ROWS = 64  # of a row group: as many media are in memory at once

@@ -13,7 +13,7 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.loading import Progress
 from ..errors import NumericsError, RequestError
 from ..model.experts import Generation, Understanding
-from . import lora, optimizer, parallel
+from . import lora, optimizer, parallel, sharding
 from .full import CastOps
 from .objective import CE_WEIGHT, MSE_WEIGHT, Loss, loss
 from .passes import Experts
@@ -70,7 +70,12 @@ class Learner:
         self.settings = settings
         self.experts = load_experts(checkpoint, settings.full, dtype, device, generation, progress)
         self.adapters: dict[str, lora.LoraLinear] = {}
+        self.padding: list[tuple[Sample, Tensor | None, float | None]] = []
         if settings.full:
+            if parallel.world() > 1:
+                _check_shares(settings.batch, self.experts)
+                sharding.shard(self.experts)
+                self.padding = sharding.padding(checkpoint.tokenizer)
             self.weights = whole_weights(self.experts, settings.experts)
         else:
             self.adapters = lora.attach(
@@ -106,7 +111,8 @@ class Learner:
                 raise NumericsError(_not_finite("the loss", number, part))
             found.total.backward()
             sums = [a + b for a, b in zip(sums, found.sums, strict=True)]
-        parallel.average_gradients(self.weights)
+        if not self.sharded:  # sharded ones are averaged already
+            parallel.average_gradients(self.weights)
         lr = self.schedule.at(number)
         norm = float(optimizer.gradient_norm(self.weights))
         if not norm < float("inf"):  # NaN is not, either
@@ -129,11 +135,17 @@ class Learner:
         return _result(parallel.summed(*sums, device=self._device), totals, tokens)
 
     @property
+    def sharded(self) -> bool:
+        """Whether the weights are divided among the processes."""
+        return bool(self.padding)
+
+    @property
     def _device(self) -> torch.device | str:
         return self.experts.device
 
     def _loss(self, part: Sequence[Item], totals: tuple[float, ...], world: int) -> Loss:
-        samples, noise, times = ([getattr(i, name) for i in part] for name in ("sample", "noise", "time"))
+        listed = [(i.sample, i.noise, i.time) for i in part] + self.padding
+        samples, noise, times = zip(*listed, strict=True)
         return loss(
             self.experts,
             samples,
@@ -142,6 +154,7 @@ class Learner:
             as_released=self.settings.as_released,
             totals=(totals[0], totals[1]),
             world=world,
+            padding=len(self.padding),
         )
 
     def _totals(self, items: Sequence[Item]) -> tuple[float, ...]:
@@ -160,7 +173,22 @@ class Learner:
                 room = self.settings.max_tokens
             passes[-1].append(item)
             room -= item.sample.length
+        if self.sharded:
+            most = parallel.largest(len(passes), self._device)
+            passes += [[] for _ in range(most - len(passes))]
         return passes
+
+
+def _check_shares(batch: int, experts: Experts) -> None:
+    """Refuse what weights that are divided among processes cannot do."""
+    if batch % parallel.world():
+        raise RequestError(
+            f"batch is {batch} on {parallel.world()} processes; full training needs a multiple of them"
+        )
+    if experts.gen is None:
+        raise RequestError(
+            "full training on several processes needs both experts; leave experts=understanding"
+        )
 
 
 def load_experts(

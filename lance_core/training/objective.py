@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import RequestError
 from .packed import Packed
-from .passes import Experts, run, target_noise
+from .passes import Experts, target_noise
 from .sample import Sample
 
 CE_WEIGHT, MSE_WEIGHT = 0.25, 1.0
@@ -54,6 +54,7 @@ def loss(
     reweighted: bool = False,
     checkpointing: bool = True,
     detach_understanding: bool = False,
+    padding: int = 0,
 ) -> Loss:
     """The loss of samples at given noise and times, ready for `total.backward()`.
 
@@ -70,22 +71,29 @@ def loss(
             one accumulated batch's part of it; by default this batch's own. A kind without tokens counts 0.
         world: ranks whose gradients are averaged afterwards.
         reweighted: an answer's tokens weigh 1 / sqrt(its length), and `totals[0]` counts weights.
-        checkpointing, detach_understanding: see `passes.run`.
+        checkpointing, detach_understanding: see `passes.Network`.
+        padding: so many samples at the end count nothing, but give every weight they reach a gradient of 0.
 
     Raises:
         RequestError: no samples, or noise, times and samples that do not fit each other.
     """
     _check(samples, noise, times)
     packed = Packed.of(samples, experts.tokens_per_second, as_released)
-    und, gen = run(experts, packed, noise, times, checkpointing, detach_understanding)
-    ce, weights = _cross_entropy(experts, packed, und, reweighted)
-    mse = _squared_error(experts, packed, gen, noise)
-    all_ce, all_mse = totals or (float(weights.sum()), float(len(mse)))
-    total = und.new_zeros((), dtype=torch.float32)
-    if len(ce):
-        total = total + CE_WEIGHT * world * (ce * weights).sum() / all_ce
-    if len(mse):
-        total = total + MSE_WEIGHT * world * mse.sum() / all_mse
+    logits, velocity = experts.network(packed, noise, times, checkpointing, detach_understanding)
+    ce, weights = _cross_entropy(packed, logits, reweighted)
+    mse = _squared_error(packed, velocity, noise)
+    kept = [sum(s.loss_tokens[kind] for s in samples[: len(samples) - padding]) for kind in (0, 1)]
+    own = (float(weights[: kept[0]].sum()), float(kept[1]))
+    total = velocity.new_zeros(())
+    for values, weight, count, some in (
+        (ce * weights, CE_WEIGHT, kept[0], (totals or own)[0]),
+        (mse, MSE_WEIGHT, kept[1], (totals or own)[1]),
+    ):
+        if count:
+            total = total + weight * world * values[:count].sum() / some
+        if len(values) > count:
+            total = total + 0 * values[count:].sum()
+    ce, weights, mse = ce[: kept[0]], weights[: kept[0]], mse[: kept[1]]
     return Loss(total, ce, mse, weights, packed)
 
 
@@ -116,37 +124,21 @@ def _check(samples: Sequence[Sample], noise: Sequence[Tensor | None], times: Seq
             raise RequestError(f"time {i} is {time}, expected a number from 0 to 1")
 
 
-def _cross_entropy(experts: Experts, packed: Packed, und: Tensor, reweighted: bool) -> tuple[Tensor, Tensor]:
+def _cross_entropy(packed: Packed, logits: Tensor, reweighted: bool) -> tuple[Tensor, Tensor]:
     """float32 [k] of every answer token, and the tokens' weights."""
-    if not len(packed.labels):
-        nothing = und.new_zeros(0, dtype=torch.float32)
-        return nothing, nothing
-    before = und.index_select(0, packed.predicts.to(und.device))
-    logits = experts.und.lm_head(before)[:, : experts.vocabulary].float()
-    lengths = packed.answer_lengths.to(und.device)
+    lengths = packed.answer_lengths.to(logits.device)
     weights = lengths.float().rsqrt() if reweighted else torch.ones_like(lengths, dtype=torch.float32)
-    return F.cross_entropy(logits, packed.labels.to(und.device), reduction="none"), weights
+    return F.cross_entropy(logits, packed.labels.to(logits.device), reduction="none"), weights
 
 
-def _squared_error(
-    experts: Experts,
-    packed: Packed,
-    gen: Tensor | None,
-    noise: Sequence[Tensor | None],
-) -> Tensor:
+def _squared_error(packed: Packed, velocity: Tensor, noise: Sequence[Tensor | None]) -> Tensor:
     """float32 [m]: mean over channels of (velocity - (noise - latent))^2 of every token with t > 0."""
-    if gen is None or experts.gen is None:
-        return torch.zeros(0, device=experts.device)
-    wanted, chosen, start = [], [], 0
+    wanted = []
     for block in packed.latents:
-        tokens = block.data[..., 0].numel()
-        noisy = block.noisy_tokens
-        if bool(noisy.any()):
-            target = target_noise(noise, block.sample).to(gen.device) - block.data.float().to(gen.device)
-            wanted.append(target.flatten(0, 2)[noisy.to(gen.device)])
-        chosen.append(start + noisy.nonzero()[:, 0])
-        start += tokens
+        if block.clean_frames is not None:
+            target = target_noise(noise, block.sample).to(velocity.device)
+            target = target - block.data.to(velocity.device, torch.float32)
+            wanted.append(target.flatten(0, 2)[block.noisy_tokens.to(velocity.device)])
     if not wanted:
-        return torch.zeros(0, device=gen.device)
-    velocity = experts.gen.llm2vae(gen.index_select(0, torch.cat(chosen).to(gen.device))).float()
+        return velocity.new_zeros(0)
     return (velocity - torch.cat(wanted)).square().mean(dim=-1)

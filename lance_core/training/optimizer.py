@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import RequestError
+from . import sharding
 
 SCHEDULES = ("constant", "cosine")
 OPTIMIZERS = ("adamw", "adamw8bit")
@@ -83,8 +84,7 @@ def step(chosen: torch.optim.Optimizer, weights: Mapping[str, nn.Parameter], lr:
 
 def gradient_norm(weights: Mapping[str, nn.Parameter]) -> Tensor:
     """Euclidean norm of all gradients together."""
-    norms = [w.grad.float().norm() for w in weights.values() if w.grad is not None]
-    return torch.stack(norms).norm() if norms else torch.zeros(())
+    return sharding.norm(w.grad for w in weights.values() if w.grad is not None)
 
 
 class Average:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -72,6 +73,12 @@ class Packed:
     predicts: Tensor
     labels: Tensor
     answer_lengths: Tensor
+
+    @cached_property
+    def noisy_tokens(self) -> Tensor:
+        """[m] rows of the generation stream that have a loss."""
+        noisy = [block.noisy_tokens for block in self.latents]
+        return torch.cat(noisy).nonzero()[:, 0] if noisy else torch.empty(0, dtype=torch.long)
 
     @classmethod
     def of(cls, samples: Sequence[Sample], tokens_per_second: float, as_released: bool = False) -> Packed:

@@ -17,11 +17,14 @@ from torch import nn
 BUCKET = 64 << 20  # bytes of gradients averaged at once
 
 
-def start() -> tuple[int, int]:
-    """Join the other processes if torchrun started this one; returns (rank, how many)."""
+def start(device: torch.device) -> torch.device:
+    """Join the other processes if torchrun started this one; returns this process's device."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    return rank(), world()
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
 
 
 def stop() -> None:
@@ -47,6 +50,15 @@ def summed(*numbers: float, device: torch.device | str = "cpu") -> tuple[float, 
     shared = torch.tensor(numbers, dtype=torch.float64, device=device)
     dist.all_reduce(shared)
     return tuple(shared.tolist())
+
+
+def largest(number: int, device: torch.device | str = "cpu") -> int:
+    """A number's largest value on any rank."""
+    if world() == 1:
+        return number
+    shared = torch.tensor(number, device=device)
+    dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+    return int(shared)
 
 
 def average_gradients(weights: Mapping[str, nn.Parameter]) -> None:

@@ -7,13 +7,13 @@ Precision is inference's too: products in the compute dtype, norms, rope, noisin
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..config import LLMConfig
+from ..config import LATENT_CHANNELS, LLMConfig
 from ..errors import RequestError
 from ..model import rope
 from ..model.attention import Attention, attention
@@ -26,7 +26,8 @@ from .packed import Block, Packed
 class Experts:
     """What is trained: both experts' modules, or the understanding one alone.
 
-    vocabulary: tokens the tokeniser has; lm_head may have more rows. dtype: of the computation.
+    vocabulary: tokens the tokeniser has; lm_head may have more rows. dtype: of the computation. network: the
+    pass over them.
     """
 
     config: LLMConfig
@@ -37,6 +38,10 @@ class Experts:
     dtype: torch.dtype = torch.float32
     device: torch.device | str = "cpu"
     attention: Attention = attention
+    network: Network = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.network = Network(self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,78 +57,108 @@ class _Frame:
     detached: bool
 
 
-def run(
-    experts: Experts,
-    packed: Packed,
-    noise: Sequence[Tensor | None],
-    times: Sequence[float | None],
-    checkpointing: bool = True,
-    detach_understanding: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """Normed outputs of both streams: [u, hidden], and [g, hidden] or None.
+class Network(nn.Module):
+    """The pass as a module, so that its weights can be sharded among processes layer by layer."""
 
-    Args:
-        noise, times: per sample, see `objective.loss`.
-        checkpointing: keep only what is between the layers, and compute each layer again on the way back.
-        detach_understanding: no gradient flows into or through understanding tokens' keys, values and
-            residual stream (the released FREEZE_UND).
-    """
-    device = experts.device
-    if packed.latents and experts.gen is None:
-        raise RequestError("these samples have latents in them, and only the understanding expert is loaded")
-    und = _embed(experts, packed)
-    gen = _latents(experts, packed, noise, times) if packed.latents else None
-    cos, sin = rope.tables(packed.position, experts.config, device)
-    order = packed.order.to(device)
-    frame = _Frame(
-        cos[None, :, None],
-        sin[None, :, None],
-        order,
-        order.argsort(),
-        packed.blocks,
-        experts.attention,
-        detach_understanding,
-    )
-    gen_layers = [None] * len(experts.und.layers) if experts.gen is None else list(experts.gen.layers)
-    again = checkpointing and torch.is_grad_enabled()
-    for und_layer, gen_layer in zip(experts.und.layers, gen_layers, strict=True):
-        inputs = (und_layer, gen_layer, und, gen, frame)
-        if again:
-            und, gen = checkpoint(_layer, *inputs, use_reentrant=False, preserve_rng_state=False)
-        else:
-            und, gen = _layer(*inputs)
-    und = experts.und.norm(und)[0]
-    und = und.detach() if detach_understanding else und
-    return und, None if gen is None or experts.gen is None else experts.gen.norm(gen)[0]
+    def __init__(self, experts: Experts) -> None:
+        super().__init__()
+        und, gen = experts.und, experts.gen
+        self._experts = (und, gen)  # no submodules of this one: their layers are its pairs
+        halves = [None] * len(und.layers) if gen is None else list(gen.layers)
+        self.pairs = nn.ModuleList(map(JointLayer, und.layers, halves))
+        around = [und.embed_tokens, und.norm, und.lm_head]
+        if gen is not None:
+            around += [gen.norm, gen.time_embedder, gen.vae2llm, gen.llm2vae]
+        self.around = nn.ModuleList(around)
+        self.config, self.vocabulary = experts.config, experts.vocabulary
+        self.dtype, self.device, self.attention = experts.dtype, experts.device, experts.attention
 
+    @property
+    def und(self) -> Understanding:
+        """The understanding expert."""
+        return self._experts[0]
 
-def _embed(experts: Experts, packed: Packed) -> Tensor:
-    """The understanding stream's input, [1, u, hidden]."""
-    und = experts.und.embed_tokens(packed.ids.to(experts.device)).to(experts.dtype)
-    if packed.vit_embeds is not None:
-        embeds = packed.vit_embeds.to(experts.device, experts.dtype)
-        und = und.index_copy(0, packed.vit_places.to(experts.device), embeds)
-    return und[None]
+    @property
+    def gen(self) -> Generation | None:
+        """The generation expert, if it is loaded."""
+        return self._experts[1]
 
+    def forward(
+        self,
+        packed: Packed,
+        noise: Sequence[Tensor | None],
+        times: Sequence[float | None],
+        checkpointing: bool = True,
+        detach_understanding: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """float32 logits [k, vocabulary] that predict the answers' tokens, and velocities [m, 48] of every
+        token with t > 0.
 
-def _latents(
-    experts: Experts, packed: Packed, noise: Sequence[Tensor | None], times: Sequence[float | None]
-) -> Tensor:
-    """The generation stream's input, [1, g, hidden]: x = (1 - t) latent + t noise; t = 0 where clean."""
-    if experts.gen is None:
-        raise RequestError("latents need the generation expert, which is not loaded")
-    parts = []
-    for block in packed.latents:
-        data = block.data.to(experts.device, torch.float32)
-        t, (frames, h, w) = torch.zeros(len(data), device=experts.device), data.shape[:3]
-        if block.clean_frames is not None:
-            t = frame_times(block.clean_frames, frames, times[block.sample]).to(experts.device)
-            at = t[:, None, None, None]
-            data = (1 - at) * data + at * target_noise(noise, block.sample).to(experts.device)
-        table = latent_positions((frames, h, w), experts.config.hidden_size)
-        table = table.to(experts.device, experts.dtype)
-        parts.append(experts.gen.embed_latents(data[None], t[None], table, experts.dtype))
-    return torch.cat(parts, dim=1)
+        Args:
+            noise, times: per sample, see `objective.loss`.
+            checkpointing: keep only what is between the layers, and compute each layer again on the way back.
+            detach_understanding: no gradient flows into or through understanding tokens' keys, values and
+                residual stream (the released FREEZE_UND).
+
+        Raises:
+            RequestError: latents without the generation expert, or a target without time or noise.
+        """
+        if packed.latents and self.gen is None:
+            raise RequestError(
+                "these samples have latents in them, and only the understanding expert is loaded"
+            )
+        und = self._embed(packed)
+        gen = self._latents(packed, noise, times) if packed.latents else None
+        frame = self._frame(packed, detach_understanding)
+        again = checkpointing and torch.is_grad_enabled()
+        for pair in self.pairs:
+            if again:
+                und, gen = checkpoint(pair, und, gen, frame, use_reentrant=False, preserve_rng_state=False)
+            else:
+                und, gen = pair(und, gen, frame)
+        und = self.und.norm(und)[0]
+        und = und.detach() if detach_understanding else und
+        logits = und.new_zeros((0, self.vocabulary), dtype=torch.float32)
+        velocity = und.new_zeros((0, LATENT_CHANNELS), dtype=torch.float32)
+        if len(packed.labels):
+            before = und.index_select(0, packed.predicts.to(und.device))
+            logits = self.und.lm_head(before)[:, : self.vocabulary].float()
+        noisy = packed.noisy_tokens.to(und.device)
+        if gen is not None and self.gen is not None and len(noisy):
+            velocity = self.gen.llm2vae(self.gen.norm(gen)[0].index_select(0, noisy)).float()
+        return logits, velocity
+
+    def _frame(self, packed: Packed, detached: bool) -> _Frame:
+        cos, sin = rope.tables(packed.position, self.config, self.device)
+        order = packed.order.to(self.device)
+        turned = (cos[None, :, None], sin[None, :, None])
+        return _Frame(*turned, order, order.argsort(), packed.blocks, self.attention, detached)
+
+    def _embed(self, packed: Packed) -> Tensor:
+        """The understanding stream's input, [1, u, hidden]."""
+        und = self.und.embed_tokens(packed.ids.to(self.device)).to(self.dtype)
+        if packed.vit_embeds is not None:
+            embeds = packed.vit_embeds.to(self.device, self.dtype)
+            und = und.index_copy(0, packed.vit_places.to(self.device), embeds)
+        return und[None]
+
+    def _latents(
+        self, packed: Packed, noise: Sequence[Tensor | None], times: Sequence[float | None]
+    ) -> Tensor:
+        """The generation stream's input, [1, g, hidden]: x = (1 - t) latent + t noise; t = 0 where clean."""
+        if self.gen is None:
+            raise RequestError("latents need the generation expert, which is not loaded")
+        parts = []
+        for block in packed.latents:
+            data = block.data.to(self.device, torch.float32)
+            t, (frames, h, w) = torch.zeros(len(data), device=self.device), data.shape[:3]
+            if block.clean_frames is not None:
+                t = frame_times(block.clean_frames, frames, times[block.sample]).to(self.device)
+                at = t[:, None, None, None]
+                data = (1 - at) * data + at * target_noise(noise, block.sample).to(self.device)
+            table = latent_positions((frames, h, w), self.config.hidden_size).to(self.device, self.dtype)
+            parts.append(self.gen.embed_latents(data[None], t[None], table, self.dtype))
+        return torch.cat(parts, dim=1)
 
 
 def frame_times(clean_frames: tuple[int, ...], frames: int, time: float | None) -> Tensor:
@@ -143,31 +178,34 @@ def target_noise(noise: Sequence[Tensor | None], sample: int) -> Tensor:
     return found.float()
 
 
-def _layer(
-    und_layer: ExpertLayer, gen_layer: ExpertLayer | None, und: Tensor, gen: Tensor | None, frame: _Frame
-) -> tuple[Tensor, Tensor | None]:
+class JointLayer(nn.Module):
     """One layer: each expert's projections, one attention over all, each expert's feed-forward."""
-    split = und.shape[1]
-    heads = _heads(und_layer, und, frame.cos[:, :split], frame.sin[:, :split])
-    if frame.detached:
-        heads = tuple(h.detach() for h in heads)
-    if gen is not None and gen_layer is not None:
-        more = _heads(gen_layer, gen, frame.cos[:, split:], frame.sin[:, split:])
-        heads = tuple(torch.cat(pair, dim=1) for pair in zip(heads, more, strict=True))
-    q, k, v = (h.index_select(1, frame.order) for h in heads)
-    del heads
-    out = torch.cat(
-        [
-            frame.attention(q[:, b.start : b.stop], k[:, b.first : b.stop], v[:, b.first : b.stop], b.causal)
-            for b in frame.blocks
-        ],
-        dim=1,
-    ).index_select(1, frame.back)
-    und = _finish(und_layer, und, out[:, :split])
-    und = und.detach() if frame.detached else und
-    if gen is not None and gen_layer is not None:
-        gen = _finish(gen_layer, gen, out[:, split:])
-    return und, gen
+
+    def __init__(self, und: ExpertLayer, gen: ExpertLayer | None) -> None:
+        super().__init__()
+        self.und, self.gen = und, gen
+
+    def forward(self, und: Tensor, gen: Tensor | None, frame: _Frame) -> tuple[Tensor, Tensor | None]:
+        """Both residual streams, [1, u, hidden] and [1, g, hidden] or None."""
+        split = und.shape[1]
+        heads = _heads(self.und, und, frame.cos[:, :split], frame.sin[:, :split])
+        if frame.detached:
+            heads = tuple(h.detach() for h in heads)
+        if gen is not None and self.gen is not None:
+            more = _heads(self.gen, gen, frame.cos[:, split:], frame.sin[:, split:])
+            heads = tuple(torch.cat(pair, dim=1) for pair in zip(heads, more, strict=True))
+        q, k, v = (h.index_select(1, frame.order) for h in heads)
+        del heads
+        parts = []
+        for b in frame.blocks:
+            seen = slice(b.first, b.stop)
+            parts.append(frame.attention(q[:, b.start : b.stop], k[:, seen], v[:, seen], b.causal))
+        out = torch.cat(parts, dim=1).index_select(1, frame.back)
+        und = _finish(self.und, und, out[:, :split])
+        und = und.detach() if frame.detached else und
+        if gen is not None and self.gen is not None:
+            gen = _finish(self.gen, gen, out[:, split:])
+        return und, gen
 
 
 def _heads(layer: ExpertLayer, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:

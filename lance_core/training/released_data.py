@@ -13,8 +13,8 @@ from typing import Any
 from ..errors import RequestError
 from ..files import read_bytes
 from .rows import Cell, DataSet, made
+from .tables import EXTRA, parquet
 
-EXTRA = "pip install 'comfyui-lance[training]'"
 MAX_YAML = 1 << 20
 IGNORED = ("weight", "is_mandatory", "debug_parquet_repeat", "video_transform_args", "task_type_rate")
 # media column -> (other columns, whether it is a clip)
@@ -24,19 +24,6 @@ TARGETS = {
     "image_bytes": (None, False),
     "video_bytes": (None, True),
 }
-
-
-def parquet() -> Any:
-    """pyarrow's parquet module.
-
-    Raises:
-        RequestError: it is missing.
-    """
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise RequestError(f"parquet files need pyarrow ({error}): {EXTRA}") from None
-    return pyarrow.parquet
 
 
 def read_parquet(paths: list[Path], task: str | None = None, question: str | None = None) -> DataSet:

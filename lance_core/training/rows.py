@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 from ..errors import MediaError, RequestError
 from ..inputs.tasks import TASKS, Task
+from .tables import parquet
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif")
 CLIPS = (".mp4", ".mov", ".webm", ".mkv", ".avi", ".m4v", ".gif")
@@ -34,8 +35,6 @@ class Cell:
 
 @lru_cache(maxsize=4)
 def _column(path: Path, group: int, column: str) -> list[Any]:
-    from .released_data import parquet
-
     table = parquet().ParquetFile(path).read_row_group(group, columns=[column])
     return table.column(column).to_pylist()
 

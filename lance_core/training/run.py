@@ -28,7 +28,7 @@ from .folder import prepare
 from .journal import Journal
 from .learner import Learner, Result
 from .rows import DataSet
-from .settings import Settings
+from .settings import Settings, dtype_of, settings_of
 
 WITH_LESS = (
     "choose a smaller --resolution, --num-frames or --max-tokens, a smaller --rank, or an int8 checkpoint "
@@ -80,37 +80,14 @@ def train(
     if steps is not None and epochs is not None:
         raise RequestError("steps and epochs were both given; give one of them")
     settings = settings_of(options | ({} if steps is None else {"steps": steps}))
-    parallel.start()
+    device = parallel.start(torch.device(device))
     run = _Run(Path(output), settings, progress, on_step)
     opened = Checkpoint(model, vit, vae)
-    run.open(data, opened, dtype_of(dtype), torch.device(device), resume, strict, cache, epochs)
-    return run.steps()
-
-
-def settings_of(options: dict[str, Any]) -> Settings:
-    """Checked settings from keyword arguments.
-
-    Raises:
-        RequestError: an unknown name, or a value out of range.
-    """
-    unknown = options.keys() - Settings.__dataclass_fields__.keys()
-    if unknown:
-        raise RequestError(
-            f"train has no option {min(unknown)!r}; it has {', '.join(Settings.__dataclass_fields__)}"
-        )
-    return Settings(**options)
-
-
-def dtype_of(dtype: torch.dtype | str) -> torch.dtype:
-    """bfloat16 or float32, by name or as torch has it.
-
-    Raises:
-        RequestError: anything else.
-    """
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if found not in (torch.bfloat16, torch.float32):
-        raise RequestError(f"dtype is {dtype}, expected bfloat16 or float32")
-    return found
+    try:
+        run.open(data, opened, dtype_of(dtype), device, resume, strict, cache, epochs)
+        return run.steps()
+    finally:
+        parallel.stop()
 
 
 class _Run:
@@ -208,7 +185,8 @@ class _Run:
                 if self.on_step is not None:
                     self.on_step(self.done, s.steps, result)
         except BaseException:
-            if self.done > saved and not self.stepping:
+            # Of divided weights one process has a part only, and the others may not be asked any more.
+            if self.done > saved and not self.stepping and not self.learner.sharded:
                 self._save()
             raise
         self._write_output()
@@ -256,30 +234,35 @@ class _Run:
         return result.loss
 
     def _save(self) -> None:
+        learner = self.learner
+        tensors = state.collect(learner.weights, learner.optimizer, learner.average)
         if parallel.rank() == 0:
-            learner = self.learner
-            state.write(
-                self.folder, self.done, learner.weights, learner.optimizer, learner.average, self.told
-            )
-            self._write_output()
+            state.write(self.folder, self.done, tensors, self.told)
             self.journal.plot()
+        self._write_output()
 
     def _write_output(self) -> None:
-        if parallel.rank() != 0:
-            return
+        """The file, and that of the average where there is one."""
         learner, told = self.learner, {"step": self.done, **self.told}
         outputs: list[tuple[Path, Any]] = [(self.output, None)]
         if learner.average is not None and learner.average.values:
             outputs.append((self.output.with_suffix(".ema.safetensors"), learner.average.values))
         for path, values in outputs:
             if self.settings.full:
-                full.write(path, self.checkpoint, learner.experts, values, told)
+                tensors = full.collect(learner.experts, values)
             else:
-                metadata = {"format": "pt", "lance_training": json.dumps(told, sort_keys=True)}
-                state.save(path, lora.file_tensors(learner.adapters, values), metadata)
+                tensors = lora.file_tensors(learner.adapters, values)
+            if parallel.rank() != 0:
+                continue
+            if self.settings.full:
+                full.write(path, self.checkpoint, tensors, told)
+            else:
+                state.save(
+                    path, tensors, {"format": "pt", "lance_training": json.dumps(told, sort_keys=True)}
+                )
 
     def _preview(self) -> None:
-        if parallel.rank() != 0:
+        if parallel.rank() != 0 or self.learner.sharded:  # one process alone cannot run divided weights
             return
         row = self.data.rows[self.batches.measured[0]]
         place = self.folder / "samples"

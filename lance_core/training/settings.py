@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
 from .. import checks
 from ..errors import RequestError
 from ..inputs.sizes import PRESETS
@@ -123,3 +125,29 @@ class Settings:
                 f"{where} is of a run with other options: {'; '.join(differ)[:250]}; give the same ones, or "
                 "leave --resume out to start anew"
             )
+
+
+def settings_of(options: dict[str, Any]) -> Settings:
+    """Checked settings from keyword arguments.
+
+    Raises:
+        RequestError: an unknown name, or a value out of range.
+    """
+    unknown = options.keys() - Settings.__dataclass_fields__.keys()
+    if unknown:
+        raise RequestError(
+            f"train has no option {min(unknown)!r}; it has {', '.join(Settings.__dataclass_fields__)}"
+        )
+    return Settings(**options)
+
+
+def dtype_of(dtype: torch.dtype | str) -> torch.dtype:
+    """bfloat16 or float32, by name or as torch has it.
+
+    Raises:
+        RequestError: anything else.
+    """
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if found not in (torch.bfloat16, torch.float32):
+        raise RequestError(f"dtype is {dtype}, expected bfloat16 or float32")
+    return found

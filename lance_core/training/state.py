@@ -21,31 +21,32 @@ from torch import Tensor, nn
 from ..checkpoint.writing import Planned, write_safetensors
 from ..errors import RequestError
 from .optimizer import Average
+from .sharding import alike, whole
 
 KEPT = 2
 NAME = re.compile(r"state-(\d{6,})\.safetensors")
 
 
-def write(
-    folder: Path,
-    step: int,
-    weights: Mapping[str, Tensor],
-    chosen: torch.optim.Optimizer,
-    average: Average | None,
-    told: Mapping[str, Any],
-) -> Path:
+def collect(
+    weights: Mapping[str, Tensor], chosen: torch.optim.Optimizer, average: Average | None
+) -> dict[str, Tensor]:
+    """A state's tensors, whole; every process must ask."""
+    tensors = {f"weights/{name}": whole(weight) for name, weight in weights.items()}
+    for name, weight in weights.items():
+        for key, value in chosen.state.get(weight, {}).items():
+            value = whole(value) if isinstance(value, Tensor) else torch.tensor(float(value))
+            tensors[f"optimizer/{name}/{key}"] = value
+    if average is not None:
+        tensors |= {f"average/{name}": whole(value) for name, value in average.values.items()}
+    return tensors
+
+
+def write(folder: Path, step: int, tensors: Mapping[str, Tensor], told: Mapping[str, Any]) -> Path:
     """Write the state after `step` steps; older ones but one are removed.
 
     Raises:
         CheckpointError: the disk is full or cannot be written; older states are untouched.
     """
-    tensors = {f"weights/{name}": weight for name, weight in weights.items()}
-    for name, weight in weights.items():
-        for key, value in chosen.state.get(weight, {}).items():
-            value = value if isinstance(value, Tensor) else torch.tensor(float(value))
-            tensors[f"optimizer/{name}/{key}"] = value
-    if average is not None:
-        tensors |= {f"average/{name}": value for name, value in average.values.items()}
     path = folder / f"state-{step:06d}.safetensors"
     save(path, tensors, {"lance_state": json.dumps({"step": step, **told}, sort_keys=True)})
     for old in paths(folder)[:-KEPT]:
@@ -113,13 +114,13 @@ def restore(
         )
     with torch.no_grad():
         for name, weight in weights.items():
-            weight.copy_(tensors.pop(f"weights/{name}"))
+            weight.copy_(alike(tensors.pop(f"weights/{name}"), weight))
     for key, value in tensors.items():
         kind, _, name = key.partition("/")
         if kind == "average" and average is not None:
-            average.values[name] = value.to(weights[name].device)
+            average.values[name] = alike(value, weights[name])
         elif kind == "optimizer":
             name, _, entry = name.rpartition("/")
             # AdamW counts its steps on the CPU whatever the weights are on.
-            value = value if entry == "step" else value.to(weights[name].device)
+            value = value if entry == "step" else alike(value, weights[name])
             chosen.state[weights[name]][entry] = value
