@@ -85,6 +85,10 @@ class Components:
             raise TypeError(f"{name} was loaded as {type(module).__name__}, expected {kind.__name__}")
         return module
 
+    def use(self, name: str, module: nn.Module) -> None:
+        """Take a module that is loaded already, one in training say, as a component."""
+        self._loaded[name] = module
+
     def unload(self, *names: str) -> None:
         """Drop loaded components (all without names); they are read again when next needed."""
         for name in names or tuple(self._loaded):

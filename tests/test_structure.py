@@ -58,8 +58,17 @@ ALLOWED = {
     "huggingface_hub",
     "httpx",
 }
-OPTIONAL = {("model.attention", "flash_attn"), ("bench.plot", "matplotlib"), ("scale.ray_start", "ray")}
-OPTIONAL |= {("scale.serve", "ray"), ("scale.front", "starlette")}
+OPTIONAL = {
+    ("model.attention", "flash_attn"),
+    ("bench.plot", "matplotlib"),
+    ("scale.ray_start", "ray"),
+    ("scale.serve", "ray"),
+    ("scale.front", "starlette"),
+    ("training.optimizer", "bitsandbytes"),
+    ("training.tables", "pyarrow"),
+    ("training.released_data", "yaml"),
+    ("training.conversion", "pyarrow"),
+}
 
 
 def dotted(path: Path) -> str:

@@ -79,9 +79,11 @@ def convert(
         planned += entries
     if "fp8" in choice.values():
         planned.append(fp8_mark())
-    metadata = stored_metadata(told(checkpoint.config, checkpoint.tokenizer) | {"dtype": choice})
     total = write_safetensors(
-        target, planned, metadata, lambda done, all_: progress and progress("converting", done, all_)
+        target,
+        planned,
+        file_metadata(checkpoint, choice),
+        lambda done, all_: progress and progress("converting", done, all_),
     )
     return {
         "source": str(source),
@@ -122,6 +124,11 @@ def plan_quantised(
 def fp8_mark() -> Planned:
     """What says of a file that its fp8 layers are scaled: two elements, for weight-only."""
     return constant("scaled_fp8", torch.zeros(2).to(torch.float8_e4m3fn))
+
+
+def file_metadata(checkpoint: Checkpoint, dtypes: dict[str, str]) -> dict[str, str]:
+    """What a single file says of itself: configuration, tokeniser, and the dtype of each part."""
+    return stored_metadata(told(checkpoint.config, checkpoint.tokenizer) | {"dtype": dtypes})
 
 
 def _plan_part(checkpoint: Checkpoint, part: str, wanted: str) -> list[Planned]:

@@ -44,6 +44,11 @@ class Bars:
         """A line on stderr, above the bar."""
         tqdm.write(text, file=sys.stderr)
 
+    def status(self, text: str) -> None:
+        """Show a few words behind the bar."""
+        if self.bar is not None:
+            self.bar.set_postfix_str(text, refresh=False)
+
     def close(self) -> None:
         """Take the bar away."""
         if self.bar is not None:
