@@ -11,7 +11,7 @@ Sums are over the same numbers in another order, so results agree to rounding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +24,8 @@ from ..errors import LanceError, RequestError
 from ..model.attention import Attention
 from ..model.decoder import run_layers
 from ..model.dual_expert import DualExpert, Row
-from ..model.kv_cache import AttendTargets
+from ..model.kv_cache import AttendTargets, KeysValues
+from ..model.layer_hooks import LayerHooks
 from ..model.sequence import MARKERS, Branch, VisualSegment
 from ..pipeline import Lance
 from .groups import Team, from_first, gather, share
@@ -117,6 +118,20 @@ def _no_frames(latent: Tensor) -> Tensor:
     return torch.zeros(1).expand(b, frames, height, width, 3)
 
 
+class AttendGathered:
+    """An `Attend` for some of the target's queries, over the keys and values of all of them."""
+
+    def __init__(self, whole: AttendTargets, gathered: Callable[[Tensor, Tensor], KeysValues]) -> None:
+        self.whole, self.gathered = whole, gathered
+
+    def place(self, layer: int) -> KeysValues | None:
+        """Nowhere: what a process computes is a part of what is kept."""
+        return None
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+        return self.whole(layer, q, *self.gathered(k, v))
+
+
 class SplitExpert(DualExpert):
     """A decoder whose velocity calls are divided over a team."""
 
@@ -130,11 +145,11 @@ class SplitExpert(DualExpert):
         x: Tensor,
         t: Tensor,
         attention: Attention | None = None,
-        **others: Any,
+        hooks: LayerHooks | None = None,
     ) -> Tensor:
         """As `DualExpert.velocity`; every process of the team has the whole result."""
-        if any(value is not None for value in others.values()):
-            raise RequestError(f"a split request cannot have {', '.join(others)}; leave out --split")
+        if hooks is not None:
+            raise RequestError("a split request cannot have hooks around its layers; leave out --split")
         chosen = self._branch_of(rows)
         if chosen is None:
             group = self.team.everyone if self.team.mode != "guidance" else None
@@ -173,13 +188,12 @@ class SplitExpert(DualExpert):
             [(row.prepared.context, row.branch) for row in rows], attention or self.attention
         )
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            if group is None:
-                return whole(layer, q, k, v)
+        def gathered(k: Tensor, v: Tensor) -> KeysValues:
             both = self.gather(torch.stack([k, v])[:, :, MARKERS:], lengths, group, 2)
             keys, values = (torch.cat([m[:, :MARKERS], g], 1) for m, g in zip((k, v), both, strict=True))
-            return whole(layer, q, keys, values)
+            return keys, values
 
+        attend = whole if group is None else AttendGathered(whole, gathered)
         _, gen = run_layers(self.und.layers, expert.layers, und, gen, cos, sin, attend, self.side)
         v = self.gather(expert.llm2vae(expert.norm(gen)).float(), lengths, group, 1)
         return v.unflatten(1, x.shape[1:4])

@@ -1,4 +1,4 @@
-"""Triton's kernels against the plain steps, on a CPU by Triton's interpreter. Run by tests/test_kernels.py in a
+"""Triton's kernels against the plain steps, on a CPU by its interpreter. Run by tests/test_kernels.py in a
 process of its own, with TRITON_INTERPRET=1.
 """
 
