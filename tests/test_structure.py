@@ -60,6 +60,7 @@ ALLOWED = {
 }
 OPTIONAL = {
     ("model.attention", "flash_attn"),
+    ("model.triton_kernels", "triton"),
     ("bench.plot", "matplotlib"),
     ("scale.ray_start", "ray"),
     ("scale.serve", "ray"),
