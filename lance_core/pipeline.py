@@ -5,8 +5,7 @@ data between devices.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,28 +16,28 @@ from . import checks
 from .checkpoint.checkpoint import Checkpoint
 from .checkpoint.loading import Progress
 from .components import Components
-from .config import (
-    LATENT_CHANNELS,
-    OUTPUT_FPS,
-    RELEASED_SAMPLING,
-    Grid,
-    LanceConfig,
-    latent_frames,
-    latent_grid,
-)
-from .errors import NumericsError, RequestError
-from .inputs import media, prompts, tasks
-from .inputs.tasks import Task
+from .config import RELEASED_SAMPLING, LanceConfig
+from .dialogue import scoring, understanding
+from .dialogue.understanding import Answer
+from .drawing.best import draw_best
+from .drawing.draw import draw
+from .drawing.extend import NEW_FRAMES, extend
+from .drawing.request import MAX_BATCH, Callback, Generated, Request, check
+from .errors import RequestError
+from .inputs import tasks
+from .inputs import seen as media_seen
+from .inputs.seen import ClipRange
 from .model.compiling import check_compiler
-from .model.denoise import denoise
-from .model.dual_expert import Plan, Prepared
 from .model.out_of_memory import said_when_out_of_memory
-from .model.sampler import Guidance, schedule, seeded_noise
-from .model.sequence import Role, Segment, Sequence, clean_latents
+from .model.sampler import seeded_noise
+from .model.sequence import Sequence as TokenSequence
 from .model.side_stream import SideStream
-from .text_generation import MAX_SEED, Chooser, NewText, write
+from .model.windows import Windows
+from .prompting import enhance as writing
+from .text_generation import Chooser, NewText
 
-MAX_BATCH = 64
+__all__ = ["MAX_BATCH", "Answer", "Generated", "Lance", "Windows", "load", "seeded_noise"]
+
 GENERATE_WITH_LESS = (
     "ask for fewer pixels, frames or results at once, or load smaller weights (`python -m "
     "lance_core convert`)"
@@ -46,31 +45,6 @@ GENERATE_WITH_LESS = (
 ANSWER_WITH_LESS = (
     "choose a smaller resolution preset, or load smaller weights (`python -m lance_core convert`)"
 )
-
-Callback = Callable[[int, int, Tensor], None]  # step from 1, steps in all, latent
-
-
-@dataclass(eq=False)
-class Generated:
-    """What `generate` made.
-
-    latent: normalised, float32 [t, h, w, 48]; frames: float32 [T, H, W, 3] in 0..1; a batch in front of both
-    when batch_size > 1. fps: frames per second of a video (1 frame is an image). request: what was asked,
-    JSON-ready.
-    """
-
-    latent: Tensor
-    frames: Tensor
-    fps: int
-    request: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What `understand` wrote: text without the end token, and every id with it when it was reached."""
-
-    text: str
-    token_ids: list[int]
 
 
 def load(
@@ -150,14 +124,17 @@ class Lance:
         image: Any = None,
         video: Any = None,
         references: Any = None,
+        keyframes: Mapping[int, Any] | None = None,
         width: int | None = None,
         height: int | None = None,
         num_frames: int | None = None,
+        windows: Windows | None = None,
         resolution: str | None = None,
         steps: int = RELEASED_SAMPLING.steps,
         shift: float = RELEASED_SAMPLING.shift,
         cfg: float = RELEASED_SAMPLING.cfg,
         cfg_interval: tuple[float, float] = RELEASED_SAMPLING.cfg_interval,
+        cfg_vision: float = 1.0,
         renorm: str = RELEASED_SAMPLING.renorm,
         renorm_min: float = RELEASED_SAMPLING.renorm_min,
         seed: int = RELEASED_SAMPLING.seed,
@@ -176,10 +153,13 @@ class Lance:
                 videos [T, H, W, 3], or (frames, fps); references: a list of images).
             width, height: pixels, lowered to multiples of 16; ignored where the input decides (i2v and
                 edits).
+            keyframes: pictures by frame number (-1 is the last) that t2v and i2v keep at that time; see
+                `drawing.keyframes`.
             num_frames: lowered to 4k+1, at most 121; ignored by video_edit, where the clip decides.
+            windows: for more frames than 121 (up to 1441): how they are cut; see `Windows`.
             resolution: preset that sizes references, sources and, without width and height, the result.
             steps, shift: of the Euler schedule.
-            cfg, cfg_interval, renorm, renorm_min: see `sampler.Guidance`.
+            cfg, cfg_interval, cfg_vision, renorm, renorm_min: see `sampler.Guidance`.
             seed: any whole number from 0; result i of a batch has seed + i.
             negative_prompt: takes the caption's place in the unconditional sequence; None or empty removes
                 the caption, as trained.
@@ -191,144 +171,82 @@ class Lance:
         Raises:
             RequestError, MediaError, CheckpointError, NumericsError.
         """
-        kind = tasks.task_of(task, text=False)
-        tasks.check_text("prompt", prompt)
-        tasks.check_variant(kind, self.config.variant)
-        tasks.check_media(kind, image, video, references)
-        resolution = tasks.resolve_resolution(kind, resolution)
-        times = schedule(steps, shift)
-        steps, shift = len(times) - 1, float(shift)
-        guidance = Guidance(cfg, cfg_interval, renorm, renorm_min)
-        batch = checks.whole("batch_size", batch_size, 1, MAX_BATCH)
-        seed = checks.whole("seed", seed, 0, MAX_SEED - batch + 1)
-        checks.function("callback", callback, "step, total, latent")
-        for name, text in (("system_prompt", system_prompt), ("negative_prompt", negative_prompt)):
-            if text is not None:
-                checks.text(name, text)
-        frames = tasks.resolve_frames(num_frames) if kind.output == "video" else 1
-        if kind.output == "image" and num_frames is not None:
-            self._check_one_frame(task, num_frames)
-        size = (0, 0) if kind.sized_by_input else tasks.resolve_size(kind, width, height, resolution)
-
-        sources = self._sources(kind, image, video, references)
-        first_frame = None
-        if kind.name == "i2v":
-            first_frame = self.components.encode_vae(sources[0], resolution)
-            segments: list[Segment] = []
-            grid: Grid = (latent_frames(frames), first_frame.shape[1], first_frame.shape[2])
-        else:
-            role = Role.SUBJECT if kind.takes == "references" else Role.SOURCE
-            segments = [
-                s for clip in sources for s in self.components.visual_segments(clip, resolution, role)
-            ]
-            clean = clean_latents(segments)
-            grid = clean[0].grid if role is Role.SOURCE and clean else latent_grid(*size, frames)
-        source_tokens = sum(s.visual for s in clean_latents(segments))
-
-        sequence = prompts.generation(
-            self.checkpoint.tokenizer, self._system(kind, system_prompt), segments, prompt, grid
+        request = Request(
+            task,
+            prompt,
+            image=image,
+            video=video,
+            references=references,
+            keyframes=keyframes,
+            width=width,
+            height=height,
+            num_frames=num_frames,
+            windows=windows,
+            resolution=resolution,
+            steps=steps,
+            shift=shift,
+            cfg=cfg,
+            cfg_interval=cfg_interval,
+            cfg_vision=cfg_vision,
+            renorm=renorm,
+            renorm_min=renorm_min,
+            seed=seed,
+            negative_prompt=negative_prompt,
+            system_prompt=system_prompt,
+            batch_size=batch_size,
+            noise=noise,
+            callback=callback,
         )
-        prepared = self._prefill(sequence, guidance.active, negative_prompt)
-        x = self._noise(noise, batch, grid, source_tokens, seed)
-        latent = self._denoise(
-            prepared, x, times, guidance, first_frame, callback if batch > 1 else _unbatched(callback)
-        )
-        pixels = self.components.decode_vae(latent)
-        asked = {
-            "task": task,
-            "prompt": prompt,
-            "negative_prompt": negative_prompt,
-            "system_prompt": system_prompt,
-        } | {
-            "resolution": resolution,
-            "width": pixels.shape[3],
-            "height": pixels.shape[2],
-            "num_frames": pixels.shape[1],
-            "steps": steps,
-            "shift": shift,
-            "cfg": guidance.scale,
-            "cfg_interval": list(guidance.interval),
-            "renorm": renorm,
-            "renorm_min": guidance.renorm_min,
-            "seed": seed,
-            "checkpoint": self.checkpoint.path.name,
-        }
-        if batch == 1:
-            latent, pixels = latent[0], pixels[0]
-        return Generated(latent, pixels, OUTPUT_FPS, asked)
+        return draw(self.components, check(request, self.config.variant))
 
-    @staticmethod
-    def _check_one_frame(task: str, num_frames: Any) -> None:
-        """Refuse more than one frame for a picture."""
-        count = checks.whole("num_frames", num_frames, 1, tasks.MAX_COUNT)
-        if count != 1:
+    @said_when_out_of_memory("generating", GENERATE_WITH_LESS)
+    @torch.inference_mode()
+    def best_of(
+        self, count: int, task: str, prompt: str, *, keep: int = 1, **options: Any
+    ) -> list[Generated]:
+        """The `keep` best of `count` results with seeds that follow each other, the best first.
+
+        Each is scored by `score`'s question, edits and subjects with what they were made from beside them; its
+        request says "score" and "best_of". options: as `generate`'s, without batch_size and noise.
+
+        Raises:
+            RequestError, MediaError, CheckpointError, NumericsError.
+        """
+        refused = {"batch_size", "noise"} & set(options)
+        if refused:
             raise RequestError(
-                f"{task} makes one picture and num_frames is {count}; leave it out, or use t2v"
+                f"best_of draws several results itself; leave out {', '.join(sorted(refused))}"
             )
+        return draw_best(self.components, Request(task, prompt, **options), count, keep)
 
-    def _sources(self, task: Task, image: Any, video: Any, references: Any) -> list[np.ndarray]:
-        """The request's media as 8-bit clips [T, H, W, 3], videos already thinned to the frames the model
-        sees.
-        """
-        if task.takes == "video":
-            return [
-                media.read_clip(
-                    video,
-                    progress=lambda done, total: self.components.report("reading the clip", done, total),
-                )[0]
-            ]
-        if task.takes == "references":
-            listed = references if isinstance(references, list | tuple) else [references]
-            return [media.load_image(r)[None] for r in listed]
-        return [media.load_image(image)[None]] if task.takes == "image" else []
-
-    def _system(self, task: Task, system_prompt: str | None) -> str:
-        return task.default_system_prompt if system_prompt is None else system_prompt
-
-    def _prefill(self, sequence: Sequence, guided: bool, negative_prompt: str | None) -> Prepared:
-        negative = prompts.negative(self.checkpoint.tokenizer, negative_prompt, sequence)
-        plan = Plan.of(sequence, self.config.tokens_per_second, guided, negative)
-        counted = self.components.counted("prefilling", [plan.prefix, *plan.rests.values()])
-        return self.components.experts(attention=counted).prefill(plan)
-
-    def _noise(self, noise: Any, batch: int, grid: Grid, before: int, seed: int) -> Tensor:
-        """Starting noise [batch, t, h, w, 48] on the device: a row per latent token of the whole sequence,
-        references first.
-        """
-        if noise is not None:
-            tasks.check_noise(noise, batch, grid)
-            try:
-                noise = torch.as_tensor(noise, dtype=torch.float32)
-            except (TypeError, ValueError, RuntimeError) as error:
-                raise RequestError(f"noise is no array of numbers ({str(error)[:200]})") from None
-            if not bool(torch.isfinite(noise).all()):
-                raise NumericsError("the noise given has NaN or infinity in it")
-            return noise.reshape(batch, *grid, LATENT_CHANNELS).to(self.components.device)
-        return torch.stack([seeded_noise(seed + i, grid, before) for i in range(batch)]).to(
-            self.components.device
-        )
-
-    def _denoise(
+    def extend(
         self,
-        prepared: Prepared,
-        x: Tensor,
-        times: Tensor,
-        guidance: Guidance,
-        first_frame: Tensor | None,
-        callback: Callback | None,
-    ) -> Tensor:
-        """`denoise`, with progress, and with an error that names a damaged weight."""
+        video: Any,
+        prompt: str | Sequence[str],
+        *,
+        num_frames: int = NEW_FRAMES,
+        overlap: int = 1,
+        hold_colours: bool = True,
+        **options: Any,
+    ) -> Iterator[np.ndarray]:
+        """A clip and what comes after it, one frame uint8 [H, W, 3] after another, 12 a second.
 
-        def step(i: int, total: int, latent: Tensor) -> None:
-            self.components.report("denoising", i, total)
-            if callback is not None:
-                callback(i, total, latent)
+        Nothing but the part being made is held, so a long video can be written as it comes.
 
-        try:
-            experts = self.components.experts()
-            return denoise(experts, prepared, x, times, guidance, first_frame=first_frame, callback=step)
-        except NumericsError as error:
-            raise NumericsError(f"{error}{self.components.blame('gen', 'und')}") from None
+        Args:
+            video: the clip: a path, frames [T, H, W, 3], or (frames, fps). It is shown at 12 frames a second
+                and the size the model works at: its own where that fits, else its bucket's.
+            prompt: what happens next; several, one after another.
+            num_frames: new frames for each prompt, lowered to a multiple of 4.
+            overlap: latent frames at the clip's end that each part starts from. 1 is its last frame alone, as
+                image to video was trained; more also give the motion, which is an experiment.
+            hold_colours: bring each part's colours to those of the frames it starts from.
+            options: as `generate`'s for t2v; part i of the whole has seed + i.
+
+        Raises:
+            RequestError, MediaError, CheckpointError, NumericsError.
+        """
+        return extend(self.components, video, prompt, num_frames, overlap, hold_colours, options)
 
     # -- understanding ---------------------------------------------------------------------------------------
 
@@ -340,17 +258,35 @@ class Lance:
         *,
         image: Any = None,
         video: Any = None,
+        images: Any = None,
+        history: Any = None,
         system_prompt: str | None = None,
         resolution: str | None = None,
+        positions: str = understanding.RELEASED,
+        fps: float | None = None,
+        start: float | None = None,
+        length: float | None = None,
+        frames: int | None = None,
         max_new_tokens: int = 256,
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
         on_token: Callable[[NewText], None] | None = None,
     ) -> Answer:
-        """Answer a question about one image or one video. Loads the understanding expert and the ViT only.
+        """Answer a question. Loads the understanding expert, and the ViT where something is shown.
 
         Args:
+            image, video: the one picture or clip asked about, or
+            images: pictures and clips in order, or none: what is read like a clip (moving files, [T, H, W, 3],
+                (frames, fps), lists of pictures) is one.
+            history: what was said before: an answer's `.history`, whose keys and values are used again, or
+                its turns (see `dialogue.history`).
+            system_prompt: None is the trained instruction, by what the first turn shows; without pictures
+                Qwen2.5's.
+            resolution: preset of everything shown; None is image_768res for pictures, video_480p for clips.
+            positions: "released", or "as trained": the ViT's tokens at time 1000, as in the released training
+                code. The released inference code leaves that out.
+            fps, start, length, frames: which part of clips is seen, and how densely; see `ClipRange`.
             temperature: 0 takes the likeliest token; above, samples at that temperature from the `top_p`
                 nucleus.
             on_token: called with each new stretch of text (a str with `.token_id`); raise in it to stop.
@@ -358,56 +294,104 @@ class Lance:
         Raises:
             RequestError, MediaError, CheckpointError, NumericsError.
         """
-        if image is None and video is None:
-            raise RequestError("understanding needs image= or video=, and none was given")
         task = tasks.TASKS["x2t_video" if video is not None else "x2t_image"]
         tasks.check_text("question", question)
         tasks.check_variant(task, self.config.variant)
-        tasks.check_media(task, image, video, None)
-        resolution = tasks.resolve_resolution(task, resolution)
+        if image is not None or video is not None:
+            tasks.check_media(task, image, video, None)
+        if resolution is not None:
+            resolution = tasks.resolve_resolution(task, resolution)
         max_new_tokens = checks.whole("max_new_tokens", max_new_tokens, 1, tasks.MAX_NEW_TOKENS)
         checks.function("on_token", on_token, "new")
         if system_prompt is not None:
             checks.text("system_prompt", system_prompt)
-        choose = Chooser(temperature, top_p, seed)
+        choose, part = Chooser(temperature, top_p, seed), ClipRange(fps, start, length, frames)
+        as_trained = understanding.positions_of(positions)
 
-        clip = self._sources(task, image, video, None)[0]
-        segment = self.components.vit_segment(clip, resolution, Role.QUESTION)
-        sequence = prompts.question(
-            self.checkpoint.tokenizer, self._system(task, system_prompt), [segment], question
+        parts = self.components
+        shown = understanding.gather(image, video, images, part, parts)
+        before = understanding.resume(parts, history, shown, part, system_prompt, resolution, as_trained)
+        return understanding.ask(parts, before, question, shown, resolution, max_new_tokens, choose, on_token)
+
+    @said_when_out_of_memory("scoring", ANSWER_WITH_LESS)
+    @torch.inference_mode()
+    def score(
+        self,
+        images: Any,
+        text: str,
+        *,
+        question: str | None = None,
+        answer: str = scoring.ANSWER,
+        resolution: str | None = None,
+        system_prompt: str | None = None,
+        positions: str = understanding.RELEASED,
+    ) -> list[float]:
+        """How well each picture or clip fits a text: the probability of "Yes", 0..1.
+
+        Args:
+            images: a list of pictures and clips as `understand` takes them, or a batch [B, H, W, 3].
+            question: with {text} in it; None is VQAScore's.
+            answer: whose probability is given.
+            resolution, system_prompt, positions: as `understand`'s.
+
+        Raises:
+            RequestError, MediaError, CheckpointError, NumericsError.
+        """
+        asked = scoring.wording(question, tasks.check_text("text", text))
+        as_trained = understanding.positions_of(positions)
+        if resolution is not None:
+            resolution = tasks.resolve_resolution(tasks.TASKS["x2t_image"], resolution)
+        shown = understanding.gather(None, None, media_seen.listed(images), ClipRange(), self.components)
+        return scoring.scores(
+            self.components,
+            [[one] for one in shown],
+            asked,
+            answer,
+            resolution=resolution,
+            system_prompt=system_prompt,
+            as_trained=as_trained,
         )
-        return self.answer(sequence, max_new_tokens, choose, on_token)
+
+    @said_when_out_of_memory("writing a prompt", ANSWER_WITH_LESS)
+    @torch.inference_mode()
+    def enhance(
+        self,
+        prompt: str,
+        task: str,
+        image: Any = None,
+        *,
+        by: str = "auto",
+        seed: int = 0,
+        temperature: float = writing.TEMPERATURE,
+        timeout: float = writing.TIMEOUT,
+    ) -> str:
+        """A short wish as the detailed prompt the weights were trained on, in the wish's language.
+
+        What cannot be used (an empty answer, a service that fails) falls back to the wish, with a warning in
+        the log.
+
+        Args:
+            task: what the prompt is for.
+            image: what the task is given, which the writer sees: a picture, a clip, or a list of references.
+            by: "model", this model's understanding expert; "endpoint", the OpenAI-compatible service in
+                LANCE_REWRITE_BASE_URL, _MODEL_NAME and _API_KEY; "auto", the service where those are set.
+            seed, temperature: of the draw.
+            timeout: seconds a service may take.
+
+        Raises:
+            RequestError, MediaError, CheckpointError, NumericsError.
+        """
+        return writing.enhance(
+            self.components, prompt, task, image, by=by, seed=seed, temperature=temperature, timeout=timeout
+        )
 
     def answer(
         self,
-        sequence: Sequence,
+        sequence: TokenSequence,
         max_new_tokens: int,
         choose: Chooser,
         on_token: Callable[[NewText], None] | None = None,
     ) -> Answer:
         """Write tokens after an understanding sequence until the end token or the limit."""
-        count = 0
-
-        def show(new: NewText) -> None:
-            nonlocal count
-            count += 1
-            self.components.report("writing", count, max_new_tokens)
-            if on_token is not None:
-                on_token(new)
-
-        self.components.report("writing", 0, max_new_tokens)
-        model, rate = self.components.experts(generation=False), self.config.tokens_per_second
-        try:
-            fixed = self.components.compile and self.components.device.type == "cuda"
-            return Answer(
-                *write(model, self.checkpoint.tokenizer, sequence, rate, max_new_tokens, choose, show, fixed)
-            )
-        except NumericsError as error:
-            raise NumericsError(f"{error}{self.components.blame('und', 'vit')}") from None
-
-
-def _unbatched(
-    callback: Callback | None,
-) -> Callback | None:
-    """A callback that sees [t, h, w, 48] as results of a single request do."""
-    return None if callback is None else lambda step, total, latent: callback(step, total, latent[0])
+        written = understanding.written(self.components, sequence, max_new_tokens, choose, on_token)
+        return Answer(*written[:2])

@@ -26,6 +26,8 @@ LAYERS = [
     {"vae", "inputs"},
     {"checkpoint"},
     {"components", "text_generation"},
+    {"dialogue"},
+    {"prompting", "drawing"},
     {"pipeline"},
     {"__init__"},
     {"training", "scale"},
