@@ -5,10 +5,9 @@ data between devices.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,11 +20,11 @@ from .dialogue import scoring, understanding
 from .dialogue.understanding import Answer
 from .drawing.best import draw_best
 from .drawing.draw import draw
-from .drawing.extend import NEW_FRAMES, extend
+from .drawing.extend import NEW_FRAMES, Extension, extend
 from .drawing.request import MAX_BATCH, Callback, Generated, Request, check
 from .errors import RequestError
-from .inputs import tasks
 from .inputs import seen as media_seen
+from .inputs import tasks
 from .inputs.seen import ClipRange
 from .model.compiling import check_compiler
 from .model.out_of_memory import said_when_out_of_memory
@@ -206,8 +205,8 @@ class Lance:
     ) -> list[Generated]:
         """The `keep` best of `count` results with seeds that follow each other, the best first.
 
-        Each is scored by `score`'s question, edits and subjects with what they were made from beside them; its
-        request says "score" and "best_of". options: as `generate`'s, without batch_size and noise.
+        Each is scored by `score`'s question, edits and subjects with what they were made from beside them;
+        its request says "score" and "best_of". options: as `generate`'s, without batch_size and noise.
 
         Raises:
             RequestError, MediaError, CheckpointError, NumericsError.
@@ -228,7 +227,7 @@ class Lance:
         overlap: int = 1,
         hold_colours: bool = True,
         **options: Any,
-    ) -> Iterator[np.ndarray]:
+    ) -> Extension:
         """A clip and what comes after it, one frame uint8 [H, W, 3] after another, 12 a second.
 
         Nothing but the part being made is held, so a long video can be written as it comes.
@@ -277,8 +276,8 @@ class Lance:
 
         Args:
             image, video: the one picture or clip asked about, or
-            images: pictures and clips in order, or none: what is read like a clip (moving files, [T, H, W, 3],
-                (frames, fps), lists of pictures) is one.
+            images: pictures and clips in order, or none: what is read like a clip (moving files, [T, H, W,
+                3], (frames, fps), lists of pictures) is one.
             history: what was said before: an answer's `.history`, whose keys and values are used again, or
                 its turns (see `dialogue.history`).
             system_prompt: None is the trained instruction, by what the first turn shows; without pictures

@@ -11,7 +11,8 @@ from ..errors import RequestError
 from .conversation import Conversation, Turn
 
 EXPECTED = (
-    "expected an answer's `.history`, or a list of (question, answer) pairs, of {'question', 'answer', 'images'} "
+    "expected an answer's `.history`, or a list of (question, answer) pairs, of {'question', 'answer', "
+    "'images'} "
     "or of {'role', 'content'} messages, user and assistant in turn"
 )
 
@@ -62,7 +63,8 @@ def _of_messages(items: list[Any]) -> list[Turn | Said]:
     roles = [item["role"] for item in items]
     if roles != ["user", "assistant"] * (len(items) // 2):
         raise RequestError(
-            f"history has the roles {shown(roles)}; expected user and assistant in turn, ending with assistant "
+            f"history has the roles {shown(roles)}; expected user and assistant in turn, ending with "
+            f"assistant "
             "(an instruction goes into system_prompt)"
         )
     pairs = zip(items[::2], items[1::2], strict=True)

@@ -1,6 +1,7 @@
 """How well a picture or clip fits a text: the probability that the model says yes to it.
 
-Source: VQAScore (arXiv 2404.01291), P("Yes" | picture, 'Does this figure show "…"? Please answer yes or no.').
+Source: VQAScore (arXiv 2404.01291), P("Yes" | picture, 'Does this figure show "…"? Please answer yes or
+no.').
 """
 
 from __future__ import annotations
@@ -23,10 +24,14 @@ from .understanding import default_system, embed
 
 QUESTION = 'Does this figure show "{text}"? Please answer yes or no.'
 EDIT_QUESTION = (
-    'The second figure was made from the first by this instruction: "{text}". Was it carried out, and nothing '
+    'The second figure was made from the first by this instruction: "{text}". Was it carried out, and '
+    "nothing "
     "else changed? Please answer yes or no."
 )
-SUBJECT_QUESTION = 'Does the last figure show "{text}", with the same subjects as the figures before it? Please answer yes or no.'
+SUBJECT_QUESTION = (
+    'Does the last figure show "{text}", with the same subjects as the figures before it? Please '
+    "answer yes or no."
+)
 ANSWER = "Yes"
 
 
@@ -39,7 +44,8 @@ def wording(question: str | None, text: str) -> str:
     question = QUESTION if question is None else checks.text("the question of a score", question)
     if "{text}" not in question:
         raise RequestError(
-            f"the question of a score is {checks.shown(question)}; write {{text}} in it where the text belongs"
+            f"the question of a score is {checks.shown(question)}; write {{text}} in it where the text "
+            f"belongs"
         )
     return question.replace("{text}", text)
 

@@ -82,7 +82,9 @@ def draw_latent(components: Components, asked: Checked) -> Tensor:
 
 
 def read_sources(components: Components, asked: Checked) -> list[np.ndarray]:
-    """The request's media as 8-bit clips [T, H, W, 3], videos already thinned to the frames the model sees."""
+    """The request's media as 8-bit clips [T, H, W, 3], videos already thinned to the frames the model
+    sees.
+    """
     takes, request = asked.task.takes, asked.request
     if takes == "video":
 

@@ -1,7 +1,7 @@
 """Going on from the end of a clip: part after part, each from the last frames of the one before.
 
-A part is a text-to-video request whose first latent frames are those of the clip's end, kept clean. With one of
-them, the clip's last frame alone, that is image to video as trained.
+A part is a text-to-video request whose first latent frames are those of the clip's end, kept clean. With one
+of them, the clip's last frame alone, that is image to video as trained.
 """
 
 from __future__ import annotations
@@ -41,8 +41,10 @@ def extend(
     overlap: int,
     hold_colours: bool,
     options: dict[str, Any],
-) -> Iterator[np.ndarray]:
-    """See `Lance.extend`. The request is checked now, and the clip's end is read; the rest as it is asked for."""
+) -> Extension:
+    """See `Lance.extend`. The request is checked now, and the clip's end is read; the rest as it is asked
+    for.
+    """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     if not prompts:
         raise RequestError("extend got no prompt; say what happens next")
@@ -65,7 +67,21 @@ def extend(
     first = [Request("t2v", text, num_frames=5, **options) for text in prompts]
     checked = [check(request, components.config.variant) for request in first]
     overlap = min(overlap, (clip.count - 1) // 4 + 1)
-    return _frames(components, clip, checked[0].size, first, new, overlap, hold_colours, checked[0].seed)
+    frames = _frames(components, clip, checked[0].size, first, new, overlap, hold_colours, checked[0].seed)
+    return Extension(frames, *checked[0].size, clip.count, clip.count + new * len(prompts))
+
+
+class Extension(Iterator[np.ndarray]):
+    """The frames of a clip and of what comes after it, uint8 [height, width, 3], `count` in all, `fps` a
+    second; the first `old` are the clip's.
+    """
+
+    def __init__(self, frames: Iterator[np.ndarray], width: int, height: int, old: int, count: int) -> None:
+        self.width, self.height, self.old, self.count, self.fps = width, height, old, count, OUTPUT_FPS
+        self._frames = frames
+
+    def __next__(self) -> np.ndarray:
+        return next(self._frames)
 
 
 class OldClip:
@@ -93,7 +109,9 @@ class OldClip:
 
 
 def _size(clip: OldClip, options: dict[str, Any]) -> tuple[int, int]:
-    """(width, height) of the whole: as asked, the clip's own where the model can make it, else its bucket's."""
+    """(width, height) of the whole: as asked, the clip's own where the model can make it, else its
+    bucket's.
+    """
     if options.get("width") is not None or options.get("height") is not None:
         return options.get("width"), options.get("height")  # type: ignore[return-value]  # `check` refuses half
     resolution = tasks.resolve_resolution(tasks.TASKS["t2v"], options.get("resolution"))

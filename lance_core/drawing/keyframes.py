@@ -45,7 +45,8 @@ def resolve(task: Task, given: Any, frames: int) -> dict[int, Any]:
         raise RequestError(f"{task.name} takes no keyframes; tasks with keyframes=: {', '.join(TASKS)}")
     if not isinstance(given, Mapping):
         raise RequestError(
-            f"keyframes is {checks.shown(given)}, expected a mapping of frame numbers to pictures, as {{-1: picture}}"
+            f"keyframes is {checks.shown(given)}, expected a mapping of frame numbers to pictures, as "
+            f"{{-1: picture}}"
         )
     out: dict[int, Any] = {}
     for frame, picture in given.items():
@@ -53,7 +54,8 @@ def resolve(task: Task, given: Any, frames: int) -> dict[int, Any]:
         at = latent_frame(number % frames)
         if at in out or (at == 0 and task.takes == "image"):
             raise RequestError(
-                f"two pictures are given for frame {number % frames}: a video keeps one for its first frame and "
+                f"two pictures are given for frame {number % frames}: a video keeps one for its first "
+                f"frame and "
                 "one for each four frames after it" + ("; i2v's picture is the first" if task.takes else "")
             )
         out[at] = picture

@@ -108,7 +108,8 @@ def check(request: Request, variant: str) -> Checked:
     guidance = Guidance(r.cfg, r.cfg_interval, r.renorm, r.renorm_min, r.cfg_vision)
     if guidance.shows and not (task.takes == "references" or task.system == "edit"):
         raise RequestError(
-            f"cfg_vision is {guidance.vision:g} and {task.name} shows the model no references; it is for edits "
+            f"cfg_vision is {guidance.vision:g} and {task.name} shows the model no references; it is for "
+            f"edits "
             "and subjects, else leave it at 1"
         )
     batch = checks.whole("batch_size", r.batch_size, 1, MAX_BATCH)

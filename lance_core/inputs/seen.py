@@ -27,8 +27,8 @@ class ClipRange:
     """Which frames of a clip are seen; None is today's rule (12 a second, up to 6 seconds' worth, evenly
     over the whole clip).
 
-    fps: frames a second that are looked at, however long the clip is. start, length: seconds. frames: how many
-    frames, instead of `fps`. Counts are lowered to 4k+1, as in training.
+    fps: frames a second that are looked at, however long the clip is. start, length: seconds. frames: how
+    many frames, instead of `fps`. Counts are lowered to 4k+1, as in training.
 
     Raises:
         RequestError: no such number, or both `fps` and `frames`.
@@ -50,7 +50,8 @@ class ClipRange:
             checks.whole("frames", self.frames, 1, MAX_SEEN_FRAMES)
             if self.fps is not None:
                 raise RequestError(
-                    f"fps is {self.fps:g} and frames {self.frames}: both say how many frames are seen; give one"
+                    f"fps is {self.fps:g} and frames {self.frames}: both say how many frames are seen; "
+                    f"give one"
                 )
 
     @property
@@ -104,7 +105,8 @@ def read_clip(source: Any, part: ClipRange, progress: Progress | None = None) ->
 
 
 def read_either(source: Any, part: ClipRange, progress: Progress | None = None) -> Seen:
-    """A picture or a clip, whichever it is: a moving file, four axes, a list, and a pair with a rate are clips.
+    """A picture or a clip, whichever it is: a moving file, four axes, a list, and a pair with a rate are
+    clips.
 
     Raises:
         MediaError: it cannot be read.

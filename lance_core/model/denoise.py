@@ -1,4 +1,6 @@
-"""Denoising a prepared request: the rows of guidance and batch in one velocity call a step, window by window."""
+"""Denoising a prepared request: the rows of guidance and batch in one velocity call a step, window by
+window.
+"""
 
 from __future__ import annotations
 
@@ -33,8 +35,8 @@ def denoise(
     """Noise x [b, t, h, w, 48] -> latent of the same shape, float32. x is not modified.
 
     Args:
-        model, prepared: both experts, and the request's context from `DualExpert.prefill`; for the grid of one
-            window where there are several.
+        model, prepared: both experts, and the request's context from `DualExpert.prefill`; for the grid of
+            one window where there are several.
         times, guidance: see `sampler`.
         first_frame: latent [1, h, w, 48] kept clean as the first frame of every row (image to video).
         kept: latents [h, w, 48] kept clean at other latent frames.

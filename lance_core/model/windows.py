@@ -1,5 +1,6 @@
-"""Videos longer than the model knows, in overlapping windows: at every step each window is a video of its own,
-and where windows overlap their velocities are blended (as MultiDiffusion blends views, arXiv 2302.08113).
+"""Videos longer than the model knows, in overlapping windows: at every step each window is a video of its
+own, and where windows overlap their velocities are blended (as MultiDiffusion blends views, arXiv
+2302.08113).
 
 All windows have one length, so they share one context. Lengths here are in latent frames.
 """
@@ -40,7 +41,8 @@ class Windows:
         checks.whole("the windows' overlap", self.overlap, 4, MAX_FRAMES)
         if self.shared >= self.size:
             raise RequestError(
-                f"windows of {self.length} frames overlap by {self.overlap}; expected an overlap of at least 4 "
+                f"windows of {self.length} frames overlap by {self.overlap}; expected an overlap of at "
+                f"least 4 "
                 "and less than the window"
             )
 
@@ -55,10 +57,12 @@ class Windows:
         return self.overlap // 4
 
     def spans(self, frames: int) -> list[tuple[int, int]]:
-        """The windows of a video of so many latent frames, [start, stop); the last is moved back to its end."""
+        """The windows of a video of so many latent frames, [start, stop); the last is moved back to its
+        end.
+        """
         if frames <= self.size:
             return [(0, frames)]
-        starts = list(range(0, frames - self.size, self.size - self.shared)) + [frames - self.size]
+        starts = [*range(0, frames - self.size, self.size - self.shared), frames - self.size]
         return [(start, start + self.size) for start in starts]
 
     def weights(self, frames: int, device: torch.device | str | None = None) -> Tensor:

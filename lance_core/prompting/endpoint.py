@@ -1,6 +1,7 @@
 """A prompt written by a service that speaks OpenAI's chat completions, where the user has set one up.
 
-Nothing is sent unless the variables are set. The key goes into the Authorization header of that one address and
+Nothing is sent unless the variables are set. The key goes into the Authorization header of that one address
+and
 nowhere else: redirects are not followed, and no message repeats what the service said.
 """
 
