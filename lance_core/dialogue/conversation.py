@@ -113,7 +113,8 @@ def read(
     hidden = model.extend(context, context.prefix, after(placed, done), model.markers(sequence))
     if hidden is None:
         raise ValueError("an understanding prompt without tokens")
-    return context, model.logits(hidden), int(max(p.max() for _, p in placed)) + 1
+    # The prompt ends with text, whose positions go on; those of pictures may have been moved beyond it.
+    return context, model.logits(hidden), int(placed[-1].position[0, -1]) + 1
 
 
 def after(placed: list[Placed], tokens: int) -> list[Placed]:

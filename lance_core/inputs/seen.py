@@ -60,7 +60,7 @@ class ClipRange:
         return None if self == ClipRange() else self._indices
 
     def _indices(self, total: int, rate: float) -> list[int]:
-        first = round((self.start or 0) * rate)
+        first = int((self.start or 0) * rate + 1e-6)
         if first >= total:
             raise RequestError(
                 f"start is {self.start:g} s and the clip is {total / rate:.2f} s long; start before its end"
