@@ -143,7 +143,7 @@ def generate(args: argparse.Namespace, task: Task, lance: Lance, output: Path, b
     goes_on = task.output == "video" and len(turns) > 1
     for turn, wish in enumerate(turns if not goes_on else turns[:1], 1):
         prompt, extra = enhanced(args, task.name, wish, next(iter(source.values()), None), lance)
-        extra |= {"turns": turns[:turn]} if len(turns) > 1 else {}
+        extra |= {"turns": turns if goes_on else turns[:turn]} if len(turns) > 1 else {}
         if args.best_of is None:
             results = [lance.generate(task.name, prompt, **source, **chosen, batch_size=args.batch)]
         else:

@@ -137,13 +137,13 @@ def _frames(
     for start in range(0, clip.count, READ_AT_ONCE):
         part = preprocess.resize_frames(clip.read(start, min(start + READ_AT_ONCE, clip.count)), size)
         yield from part
-        tail = np.concatenate([tail, part])[-seen:]
+        tail = np.concatenate([tail, part[-seen:]])[-seen:].copy()  # no view that holds the rest
     number = 0
     for request in requests:
         for count in lengths(new, MAX_FRAMES - seen):
             asked = replace(request, num_frames=seen + count, seed=seed + number)
             made = _part(components, asked, tail, hold_colours)
-            tail = np.concatenate([tail, made])[-seen:]
+            tail = np.concatenate([tail, made[-seen:]])[-seen:].copy()
             number += 1
             yield from made
 

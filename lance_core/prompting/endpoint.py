@@ -39,7 +39,7 @@ class Unanswered(Exception):
 class Endpoint:
     """A service: the address before /chat/completions, the model's name there, and the key ("" for none)."""
 
-    url: str
+    url: str = field(repr=False)
     model: str
     key: str = field(default="", repr=False)
 

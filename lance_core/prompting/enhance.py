@@ -44,7 +44,9 @@ def enhance(
     seed = checks.whole("seed", seed, 0, MAX_SEED)
     choose = Chooser(temperature, TOP_P, seed)
     service = None if by == "model" else Endpoint.from_environment()
-    shown = understanding.gather(None, None, image, ClipRange(), components)
+    single = kind.takes if kind.takes in ("image", "video") and image is not None else "images"
+    given = dict.fromkeys(("image", "video", "images")) | {single: image}
+    shown = understanding.gather(**given, part=ClipRange(), components=components)
     try:
         if by == "endpoint" and service is None:
             raise Unanswered("no service is set up: set LANCE_REWRITE_BASE_URL and LANCE_REWRITE_MODEL_NAME")
