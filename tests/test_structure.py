@@ -60,7 +60,12 @@ ALLOWED = {
     "huggingface_hub",
     "httpx",
 }
-OPTIONAL = {("model.attention", "flash_attn"), ("bench.plot", "matplotlib")}
+OPTIONAL = {
+    ("model.attention", "flash_attn"),
+    ("bench.plot", "matplotlib"),
+    ("cli.story", "tomli"),  # Python 3.10, which has no tomllib
+    ("cli.story", "tomllib"),
+}
 
 
 def dotted(path: Path) -> str:
