@@ -5,7 +5,9 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from . import checkpoints
+from .nodes_dialogue import LanceEnhancePrompt, LanceScore
 from .nodes_latent import EmptyLanceLatent, LanceImageToVideoLatent, LanceVAEDecode
+from .nodes_longer import LanceExtendVideo, LanceKeyframes
 from .nodes_model import LanceLoader, LanceTextEncode, LanceVisionEncode
 from .nodes_sample import LanceGuider, LanceNoise, LanceSampler, LanceScheduler
 from .nodes_text import LanceUnderstand
@@ -22,6 +24,10 @@ NODES = [
     LanceNoise,
     LanceVAEDecode,
     LanceUnderstand,
+    LanceScore,
+    LanceEnhancePrompt,
+    LanceKeyframes,
+    LanceExtendVideo,
 ]
 
 

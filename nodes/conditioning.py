@@ -28,6 +28,7 @@ from ..lance_core.config import Grid, pixel_size
 from ..lance_core.errors import RequestError
 from ..lance_core.inputs.tasks import check_size, resolve_frames
 from ..lance_core.model.dual_expert import DualExpert, Plan, Prepared, Row
+from ..lance_core.model.references import without_references
 from ..lance_core.model.sequence import Branch, Role, Sequence, TargetSegment, clean_latents
 
 KEY = "lance"
@@ -73,6 +74,11 @@ class Encoded:
                     f"{size_text(segment.grid)}: connect the LATENT output of Lance Vision Encode to the "
                     "sampler."
                 )
+
+    @cached_property
+    def without_references(self) -> Encoded:
+        """The encode without its caption and references, for guidance on what is shown."""
+        return replace(self, sequence=without_references(self.sequence), negative=None)
 
     @property
     def reference_tokens(self) -> int:
@@ -138,6 +144,25 @@ def prompt_of(conds: dict[str, Any]) -> Prompt:
     if isinstance(cross, Tensor) and not bool(cross.any()):
         return prompt.zeroed()
     return prompt
+
+
+def dropped_conditioning(positive: list) -> list:
+    """A positive CONDITIONING with every prompt's caption and references left out.
+
+    Raises:
+        RequestError: a prompt shows nothing.
+    """
+    out = []
+    for tensor, options in positive:
+        encoded = prompt_of(options).encoded
+        if not encoded.reference_tokens:
+            raise RequestError(
+                "cfg_vision guides on what is shown and the prompt shows nothing: set it to 1, or connect a "
+                "vision to Lance Text Encode."
+            )
+        dropped = Prompt(encoded.without_references, Branch.CONDITIONAL)
+        out.append([torch.ones_like(tensor), {**options, KEY: dropped}])
+    return out
 
 
 @dataclass(eq=False)

@@ -6,6 +6,7 @@ from comfy_api.latest import io
 
 from ..lance_core.errors import RequestError
 from ..lance_core.inputs import prompts
+from ..lance_core.inputs.seen import MAX_SEEN_FRAMES, ClipRange
 from ..lance_core.inputs.sizes import PRESETS
 from ..lance_core.inputs.tasks import SYSTEM_PROMPTS, check_text
 from ..lance_core.model.sequence import Branch
@@ -68,6 +69,35 @@ class LanceLoader(io.ComfyNode):
         return io.NodeOutput(*loader.load(checkpoints.fetch(checkpoint, cls.hidden.unique_id), weight_dtype))
 
 
+def _range_inputs() -> list:
+    """Which part of a clip a question sees."""
+    seconds = {"default": 0.0, "min": 0.0, "max": 100_000.0, "step": 0.1, "optional": True}
+    return [
+        io.Float.Input(
+            "clip_fps",
+            default=0.0,
+            min=0.0,
+            max=60.0,
+            step=0.5,
+            optional=True,
+            tooltip="Question: frames a second of a clip that are seen. 0: 12, up to 6 seconds' worth "
+            "over all of it, as in training.",
+        ),
+        io.Float.Input("clip_start", **seconds, tooltip="Question: where in a clip to begin, in seconds."),
+        io.Float.Input(
+            "clip_length", **seconds, tooltip="Question: how much of it, in seconds. 0: the rest."
+        ),
+        io.Int.Input(
+            "clip_frames",
+            default=0,
+            min=0,
+            max=MAX_SEEN_FRAMES,
+            optional=True,
+            tooltip="Question: how many frames are seen, instead of clip_fps; lowered to 4k+1. 0: by rate.",
+        ),
+    ]
+
+
 class LanceVisionEncode(io.ComfyNode):
     """IMAGE or VIDEO -> LANCE_VISION, and a LATENT of its size."""
 
@@ -117,8 +147,11 @@ class LanceVisionEncode(io.ComfyNode):
                     tooltip="Load Image's mask: transparent parts are shown as white, as in training.",
                 ),
                 LANCE_VISION.Input(
-                    "earlier", optional=True, tooltip="Subjects encoded before, to which these are added."
+                    "earlier",
+                    optional=True,
+                    tooltip="Subjects, or pictures and clips of a question, encoded before; these are added.",
                 ),
+                *_range_inputs(),
             ],
             outputs=[
                 LANCE_VISION.Output(
@@ -144,12 +177,23 @@ class LanceVisionEncode(io.ComfyNode):
         video=None,
         mask=None,
         earlier: Vision | None = None,
+        clip_fps: float = 0.0,
+        clip_start: float = 0.0,
+        clip_length: float = 0.0,
+        clip_frames: int = 0,
     ) -> io.NodeOutput:
         video_given = pictures.is_video(image, video, role)
         pictures.check_request(lance, video_given, role, earlier, vae)
+        part = ClipRange(clip_fps or None, clip_start or None, clip_length or None, clip_frames or None)
+        if part != ClipRange() and role != QUESTION:
+            raise RequestError(
+                "clip_fps, clip_start, clip_length and clip_frames are for questions: an edit changes "
+                "the whole "
+                "clip. Set them to 0, or cut the clip first."
+            )
         if resolution == AUTO:
             resolution = "video_480p" if video_given else "image_768res"
-        clips = pictures.clips_of(image, video, role, mask)
+        clips = pictures.clips_of(image, video, role, mask, part)
         seen, grid = pictures.encode(lance, vae, clips, video_given, role, resolution, earlier)
         return io.NodeOutput(seen, {"samples": latents.empty_latent(grid)})
 

@@ -17,6 +17,8 @@ from ..components import Components
 from ..errors import NumericsError, RequestError
 from ..inputs import turns
 from ..inputs.seen import Seen
+from ..inputs.tokenizer import Tokenizer
+from ..model.dual_expert import DualExpert
 from ..model.sequence import Sequence as TokenSequence
 from ..model.token_loop import TokenLoop
 from .conversation import place, read
@@ -85,17 +87,36 @@ def probability(
     """The probability that an understanding sequence goes on with the tokens of `answer`, the product of each
     one's softmax over the tokeniser's vocabulary.
     """
-    model = components.experts(generation=False)
-    placed = place(sequence, components.config.tokens_per_second, as_trained)
+    model, rate = components.experts(generation=False), components.config.tokens_per_second
+    try:
+        return likelihood(model, components.checkpoint.tokenizer, sequence, rate, answer, as_trained)
+    except NumericsError as error:
+        raise NumericsError(f"{error}{components.blame('und', 'vit')}") from None
+
+
+def likelihood(
+    model: DualExpert,
+    tokenizer: Tokenizer,
+    sequence: TokenSequence,
+    tokens_per_second: float,
+    answer: Sequence[int],
+    as_trained: bool = False,
+) -> float:
+    """`probability` with the parts given.
+
+    Raises:
+        NumericsError: NaN or infinity in the logits.
+    """
+    placed = place(sequence, tokens_per_second, as_trained)
     context, logits, position = read(model, sequence, placed, len(answer) - 1)
     following = TokenLoop(model, context, position)
-    total, known = 0.0, len(components.checkpoint.tokenizer)
+    total = 0.0
     for i, token in enumerate(answer):
-        total += _log_softmax(logits[:known])[token].item()
+        total += _log_softmax(logits[: len(tokenizer)])[token].item()
         if i + 1 < len(answer):
             logits = following(token)
     if not math.isfinite(total):
-        raise NumericsError(f"scoring gave NaN or infinity{components.blame('und', 'vit')}")
+        raise NumericsError("scoring gave NaN or infinity")
     return math.exp(total)
 
 
