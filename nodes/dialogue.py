@@ -54,10 +54,11 @@ def answer(
     max_new_tokens: int,
     choose: Chooser,
     on_token: Callable[[NewText], None],
+    keep: bool = True,
 ) -> tuple[str, Conversation]:
     """The answer to a question after a conversation, and the conversation with it.
 
-    What is kept lies in ComfyUI's intermediate memory (usually RAM), not on the GPU.
+    What is kept (unless nothing follows, `keep` False) lies in ComfyUI's intermediate memory, usually RAM.
     """
     sequence = turns.conversation(reader.tokenizer, before.system or "", before.triples, visuals, question)
     load(reader, sequence, max_new_tokens)
@@ -68,8 +69,17 @@ def answer(
     text, ids = write_after(model, reader.tokenizer, begun, max_new_tokens, choose, on_token)
     ended = ids[-1] == reader.tokenizer.im_end
     turn = Turn(question, text, visuals, (), tuple(ids[:-1] if ended else ids))
-    kept = Kept(put_aside(reader, begun[0]), weakref.ref(model.und), version(reader))
+    kept = None
+    if keep:
+        kept = Kept(put_aside(reader, begun[0]), weakref.ref(model.und), version(reader))
     return text, Conversation((*before.turns, turn), before.system, before.as_trained, kept)
+
+
+def goes_on(prompt: Any, node_id: str | None, output: int) -> bool:
+    """Whether anything in a queued prompt takes a node's output."""
+    link = [node_id, output]
+    nodes = prompt.values() if isinstance(prompt, dict) else ()
+    return any(value == link for node in nodes for value in node.get("inputs", {}).values())
 
 
 def put_aside(reader: Reader, context: Context) -> Context:

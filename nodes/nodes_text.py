@@ -13,6 +13,8 @@ from ..lance_core.text_generation import Chooser
 from . import comfy_compat, dialogue
 from .sockets import CATEGORY, LANCE, LANCE_CHAT, LANCE_VISION, QUESTION, Chat, Reader, Vision, checked
 
+CHAT = 1  # the number of that output
+
 
 class LanceUnderstand(io.ComfyNode):
     """Question -> answer."""
@@ -101,7 +103,7 @@ class LanceUnderstand(io.ComfyNode):
                     tooltip="The conversation so far, for another Lance Understand.",
                 ),
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
             is_output_node=True,
         )
 
@@ -141,7 +143,8 @@ class LanceUnderstand(io.ComfyNode):
             comfy_compat.show_text("".join(written), node_id)
 
         choose = Chooser(temperature, top_p, seed)
-        text, after = dialogue.answer(lance, before, question, visuals, max_new_tokens, choose, show)
+        keep = dialogue.goes_on(cls.hidden.prompt, node_id, CHAT)
+        text, after = dialogue.answer(lance, before, question, visuals, max_new_tokens, choose, show, keep)
         return io.NodeOutput(text, Chat(after, lance.name), ui={"text": [text]})
 
     @staticmethod

@@ -38,6 +38,12 @@ SIZES: dict[str, tuple[int, int]] = {
     "SaveImage": (340, 340),
     "SaveVideo": (340, 340),
     "LanceUnderstand": (420, 560),
+    "LanceScore": (420, 420),
+    "LanceEnhancePrompt": (420, 420),
+    "LanceKeyframes": (420, 130),
+    "LanceExtendVideo": (420, 520),
+    "ImageBatch": (340, 70),
+    "CreateVideo": (340, 80),
     "PreviewAny": (400, 300),
 }
 STRETCHED = (
@@ -45,6 +51,7 @@ STRETCHED = (
     "SaveVideo",
     "PreviewAny",
     "LanceUnderstand",
+    "LanceEnhancePrompt",
 )  # down to the group's end, when last in their column
 # Of litegraph: the bar above a node, outside its size; and the distances kept here.
 TITLE, GAP, INNER, GROUP_GAP, GROUP_TOP = 30, 24, 40, 40, 54
@@ -283,7 +290,8 @@ def _widget_values(node: Node, after_run: str) -> list:
     values = []
     for spec in filter(is_widget, node.specs):
         name, _, details = spec
-        values.append(node.inputs[name])
+        value = node.inputs[name]
+        values.append(details.get("default", "") if isinstance(value, tuple) else value)  # not set: connected
         if details.get("control"):
             values.append(after_run)
     return [*values, *(["image"] for spec in node.specs if spec[2].get("upload"))][: len(values) + 1]

@@ -57,6 +57,13 @@ def test_earlier_turns_are_not_computed_again(comfy, monkeypatch):
     assert 0 < sum(blocks) < whole / 2
 
 
+def test_nothing_is_kept_where_nothing_goes_on(comfy):
+    alone = comfy.value(question("Who is it?", tokens=5), "answer", 1)
+    assert alone.conversation.kept is None
+    first = comfy.value(then(question("Who is she?", tokens=5), "again", "Why?"), "answer", 1)
+    assert first.conversation.kept.tokens > 5
+
+
 def test_a_question_without_a_picture_and_several_pictures(comfy):
     graph = question(tokens=4)
     alone = {
@@ -76,6 +83,7 @@ def test_positions_as_trained(comfy):
     graph = question(tokens=3)
     changed = {**graph["answer"]["inputs"], "positions": "as trained"}
     trained = {**graph, "answer": node("LanceUnderstand", **changed)}
+    graph, trained = (then(g, "again", "And?") for g in (graph, trained))
     a, b = (comfy.value(g, "answer", 1).conversation.kept.context.keys[1] for g in (graph, trained))
     size = min(len(a), len(b))
     assert away(a[:size], b[:size]) > 0.01
