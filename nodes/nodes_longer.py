@@ -57,7 +57,7 @@ class LanceKeyframes(io.ComfyNode):
             ],
             outputs=[
                 io.Latent.Output(
-                    "latent", display_name="latent", tooltip="With a noise mask that keeps the picture."
+                    "kept", display_name="latent", tooltip="With a noise mask that keeps the picture."
                 )
             ],
         )
@@ -135,7 +135,7 @@ class LanceExtendVideo(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Image.Output("images", display_name="images", tooltip="Old and new frames."),
+                io.Image.Output("whole", display_name="images", tooltip="Old and new frames."),
                 io.Video.Output(
                     "video", display_name="video", tooltip="The same at 12 a second, for Save Video."
                 ),

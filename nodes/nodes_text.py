@@ -98,7 +98,7 @@ class LanceUnderstand(io.ComfyNode):
             outputs=[
                 io.String.Output("answer", display_name="answer"),
                 LANCE_CHAT.Output(
-                    "chat",
+                    "conversation",
                     display_name="chat",
                     tooltip="The conversation so far, for another Lance Understand.",
                 ),
