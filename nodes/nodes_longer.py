@@ -133,6 +133,11 @@ class LanceExtendVideo(io.ComfyNode):
                 io.Float.Input(
                     "cfg", default=4.0, min=0.0, max=100.0, step=0.1, tooltip="Guidance scale. 4 as released."
                 ),
+                io.Image.Input(
+                    "before",
+                    optional=True,
+                    tooltip="Frames of a video so far, put in front: joins the shots of a story.",
+                ),
             ],
             outputs=[
                 io.Image.Output("whole", display_name="images", tooltip="Old and new frames."),
@@ -145,7 +150,20 @@ class LanceExtendVideo(io.ComfyNode):
     @classmethod
     @checked
     def execute(
-        cls, model, lance: Reader, vae, images, prompts, frames, size, overlap, hold_colours, seed, steps, cfg
+        cls,
+        model,
+        lance: Reader,
+        vae,
+        images,
+        prompts,
+        frames,
+        size,
+        overlap,
+        hold_colours,
+        seed,
+        steps,
+        cfg,
+        before=None,
     ) -> io.NodeOutput:
         lines = [line.strip() for line in prompts.splitlines() if line.strip()]
         if not lines or len(lines) > MAX_PARTS:
@@ -176,5 +194,8 @@ class LanceExtendVideo(io.ComfyNode):
 
         made = longer.Going(vae, sample, overlap, hold_colours).on(clip, len(lines), frames // 4 * 4)
         out = torch.from_numpy(made)
+        if before is not None:
+            shown = resize_frames(pictures.to_bytes(before), (made.shape[2], made.shape[1]))
+            out = torch.cat([torch.from_numpy(shown).float() / 255, out])
         parts = Types.VideoComponents(images=out, frame_rate=Fraction(OUTPUT_FPS))
         return io.NodeOutput(out, InputImpl.VideoFromComponents(parts))

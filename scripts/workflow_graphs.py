@@ -531,7 +531,7 @@ def _storyboard(graph: Graph, loader: Node) -> None:
     picture = graph.add("LoadImage", image=PICTURE)
     subject = see(graph, loader, "subject reference", "video_480p", image=picture[0])
     graph.after_run = "fixed"
-    clips = []
+    made: dict = {}
     for number, wish in enumerate(("The girl wakes up in a tent.", "She runs along the shore of a lake."), 1):
         graph.group(f"Shot {number}")
         links = {"lance": loader[LANCE], "image": picture[0]}
@@ -542,24 +542,22 @@ def _storyboard(graph: Graph, loader: Node) -> None:
         drawn = sample(graph, loader, text, latent[0], seed=41 + number)
         shot = graph.add("LanceVAEDecode", vae=loader[VAE], samples=drawn[0])
         graph.column()
-        clips.append(
-            graph.add(
-                "LanceExtendVideo",
-                model=loader[MODEL],
-                lance=loader[LANCE],
-                vae=loader[VAE],
-                images=shot[IMAGES],
-                prompts=wish,
-                frames=48,
-                seed=41 + number,
-            )
+        clip = graph.add(
+            "LanceExtendVideo",
+            model=loader[MODEL],
+            lance=loader[LANCE],
+            vae=loader[VAE],
+            images=shot[IMAGES],
+            prompts=wish,
+            frames=48,
+            seed=41 + number,
+            **made,
         )
+        made = {"before": clip[0]}
     graph.group("Result", 440)
-    whole = graph.add("ImageBatch", image1=clips[0][0], image2=clips[1][0])
-    video = graph.add("CreateVideo", images=whole[0], fps=12.0)
     graph.add(
         "SaveVideo",
-        video=video[0],
+        video=clip[1],
         filename_prefix=f"video/{graph.name}",
         format="auto",
         codec="auto",

@@ -42,8 +42,6 @@ SIZES: dict[str, tuple[int, int]] = {
     "LanceEnhancePrompt": (420, 420),
     "LanceKeyframes": (420, 130),
     "LanceExtendVideo": (420, 520),
-    "ImageBatch": (340, 70),
-    "CreateVideo": (340, 80),
     "PreviewAny": (400, 300),
 }
 STRETCHED = (

@@ -267,6 +267,14 @@ def test_a_clip_goes_on_with_a_prompt_for_each_part(comfy):
     assert torch.equal(images[:5], one)
 
 
+def test_frames_before_are_put_in_front(comfy):
+    graph = extended(prompts="it goes on")
+    graph["shot"] = {**graph["longer"], "inputs": {**graph["longer"]["inputs"], "before": ["longer", 0]}}
+    first, both = comfy.run(graph, [("longer", 0), ("shot", 0)]).values
+    assert len(both) == 2 * len(first) and torch.equal(both[len(first) :], first)
+    assert float((both[: len(first)] - first).abs().max()) < 0.01  # through 8 bits
+
+
 def test_a_part_is_image_to_video(comfy):
     """What Lance Extend Video makes of a picture is what the nodes for image to video make of it."""
     images = comfy.value(extended(prompts="the shapes drift apart"), "longer")
