@@ -37,7 +37,7 @@ README_PICTURES = {
     "lance_minute_of_video": "minute_of_video",
     "lance_storyboard": "storyboard",
 }
-WINDOW = (2400, 1300)  # large, so that every text is drawn when the whole graph is in view
+WINDOW = (3600, 1500)  # large, so that every text is drawn when the whole graph is in view
 THUMBNAIL, PICTURE = 640, 1400  # pixels wide
 ACCENTS = {"SaveVideo": "#7b3f8f", "SaveImage": "#2f6690", "PreviewAny": "#2e7d52"}  # by what comes out
 MARGIN = 16
