@@ -5,17 +5,19 @@ computed.
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from lance_core.dialogue import conversation, understanding
 from lance_core.inputs import prompts, turns
 from lance_core.inputs.seen import ClipRange, read_either
 from lance_core.model import rope
 from lance_core.model.kv_cache import Context
-from lance_core.model.sequence import Kind, Role
+from lance_core.model.sequence import Kind, Role, Sequence, TextSegment, VisualSegment
 
 LOW = {"resolution": "image_256res", "max_new_tokens": 5}
 
@@ -249,6 +251,32 @@ def test_positions_as_trained_move_what_is_shown_to_1000(video_lance):
         moved = torch.tensor([shift if segment.kind is Kind.VIT else 0, 0, 0])[:, None]
         assert torch.equal(a + moved, b)
     assert int(trained[1][0].min()) == 1000
+
+
+@pytest.mark.parametrize("name", ["i2t", "v2t"])
+def test_as_trained_is_what_the_released_training_code_does(video_lance, golden, name):
+    """Its positions, and its logits for the first answer token, recorded from a picture and a clip."""
+    case = {k.split(".")[1]: v for k, v in load_file(golden / "as_trained.safetensors").items() if name in k}
+    t, ids = video_lance.checkpoint.tokenizer, case["token_ids"].tolist()
+    start, end = ids.index(t.vision_start), ids.index(t.vision_end)
+    frames, rows, columns = case["vit_grid_thw"][0].tolist()
+    seen = VisualSegment(Kind.VIT, Role.QUESTION, (frames, rows // 2, columns // 2), case["vit_embeds"])
+    texts = (tuple(ids[:start]), tuple(ids[end + 1 :]))
+    before, after = (TextSegment(Role.TEMPLATE, text) for text in texts)
+    whole = Sequence((before, seen, after), None, t.vision_start, t.vision_end, t.pad)
+    first, visual, last = rope.positions(whole, 2, True)
+    read_in_order = torch.cat([first, visual[:, :1], visual[:, 2:], visual[:, 1:2], last], dim=1)
+    assert whole.token_ids() == ids and torch.equal(read_in_order, case["position_ids"])
+    asked = int(case["ce_loss_indexes"][0]) + 1 - (end + 1)
+    question = replace(whole, context=(before, seen, TextSegment(Role.TEMPLATE, after.ids[:asked])))
+    model = video_lance.components.experts(generation=False)
+    with torch.inference_mode():
+        trained, released = (
+            conversation.read(model, question, conversation.place(question, 2, flag), 0)[1][: len(t)]
+            for flag in (True, False)
+        )
+    torch.testing.assert_close(trained, case["logits"][0], atol=2e-5, rtol=0)
+    assert (released - trained).abs().max() > 0.1
 
 
 def test_the_positions_of_a_conversation_only_grow(video_lance):
