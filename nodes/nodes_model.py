@@ -6,12 +6,13 @@ from comfy_api.latest import io
 
 from ..lance_core.errors import RequestError
 from ..lance_core.inputs import prompts
-from ..lance_core.inputs.seen import MAX_SEEN_FRAMES, ClipRange
+from ..lance_core.inputs.seen import ClipRange
 from ..lance_core.inputs.sizes import PRESETS
 from ..lance_core.inputs.tasks import SYSTEM_PROMPTS, check_text
 from ..lance_core.model.sequence import Branch
 from . import checkpoints, latents, loader, pictures
 from .conditioning import Encoded, Prompt
+from .ranges import range_inputs
 from .sockets import CATEGORY, EDIT, LANCE, LANCE_VISION, QUESTION, ROLES, Reader, Vision, checked
 
 AUTO = "auto"
@@ -69,35 +70,6 @@ class LanceLoader(io.ComfyNode):
         return io.NodeOutput(*loader.load(checkpoints.fetch(checkpoint, cls.hidden.unique_id), weight_dtype))
 
 
-def _range_inputs() -> list:
-    """Which part of a clip a question sees."""
-    seconds = {"default": 0.0, "min": 0.0, "max": 100_000.0, "step": 0.1, "optional": True}
-    return [
-        io.Float.Input(
-            "clip_fps",
-            default=0.0,
-            min=0.0,
-            max=60.0,
-            step=0.5,
-            optional=True,
-            tooltip="Question: frames a second of a clip that are seen. 0: 12, up to 6 seconds' worth "
-            "over all of it, as in training.",
-        ),
-        io.Float.Input("clip_start", **seconds, tooltip="Question: where in a clip to begin, in seconds."),
-        io.Float.Input(
-            "clip_length", **seconds, tooltip="Question: how much of it, in seconds. 0: the rest."
-        ),
-        io.Int.Input(
-            "clip_frames",
-            default=0,
-            min=0,
-            max=MAX_SEEN_FRAMES,
-            optional=True,
-            tooltip="Question: how many frames are seen, instead of clip_fps; lowered to 4k+1. 0: by rate.",
-        ),
-    ]
-
-
 class LanceVisionEncode(io.ComfyNode):
     """IMAGE or VIDEO -> LANCE_VISION, and a LATENT of its size."""
 
@@ -151,7 +123,7 @@ class LanceVisionEncode(io.ComfyNode):
                     optional=True,
                     tooltip="Subjects, or pictures and clips of a question, encoded before; these are added.",
                 ),
-                *_range_inputs(),
+                *range_inputs(),
             ],
             outputs=[
                 LANCE_VISION.Output(

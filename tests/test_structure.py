@@ -63,8 +63,8 @@ ALLOWED = {
 OPTIONAL = {
     ("model.attention", "flash_attn"),
     ("bench.plot", "matplotlib"),
-    ("cli.story", "tomli"),  # Python 3.10, which has no tomllib
-    ("cli.story", "tomllib"),
+    ("cli.script", "tomli"),  # Python 3.10, which has no tomllib
+    ("cli.script", "tomllib"),
 }
 
 
