@@ -198,7 +198,8 @@ class LanceEnhancePrompt(io.ComfyNode):
         if service is None:
             raise Unanswered("no service is set up: set LANCE_REWRITE_BASE_URL and LANCE_REWRITE_MODEL_NAME")
         shown = [clip[0] for clip in clips]
-        return service.ask(told, wish(asked), shown, temperature=temperature, seed=seed)
+        stop = mm.throw_exception_if_processing_interrupted
+        return service.ask(told, wish(asked), shown, temperature=temperature, seed=seed, waiting=stop)
 
     @classmethod
     def _by_model(cls, lance: Reader, told: str, asked: str, clips: list, choose: Chooser) -> str:

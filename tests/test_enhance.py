@@ -233,6 +233,17 @@ def test_a_service_that_misbehaves_falls_back_with_a_warning(video_lance, servic
     assert len(service.asked) == 1, "a redirect was followed"
 
 
+def test_waiting_for_a_service_can_be_stopped(service):
+    def stop():
+        raise KeyboardInterrupt
+
+    service.does = BAD["stalls"]
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        Endpoint.from_environment().ask("", "a fox", temperature=0.0, seed=0, waiting=stop)
+    assert time.monotonic() - began < 2  # a bound on hanging, the stand-in sleeps longer
+
+
 def test_a_service_that_is_not_there(video_lance, service, caplog, monkeypatch):
     monkeypatch.setenv(endpoint.URL, "http://127.0.0.1:1/v1")
     assert video_lance.enhance("a fox", "t2i", timeout=5) == "a fox" and "cannot be reached" in caplog.text

@@ -187,6 +187,8 @@ WRONG = {
     "unknown table": ('[scene]\n[[shot]]\nprompt = "a"\n', "'scene'"),
     "wrong value": ('[[shot]]\nprompt = "a"\nsteps = "many"\n', "shot 1: argument --steps"),
     "wrong choice": ('[[shot]]\nprompt = "a"\nrenorm = "some"\n', "shot 1: argument --renorm"),
+    "enhance": ('[[shot]]\nprompt = "a"\nenhance = "yes"\n', "enhance = 'yes'"),
+    "writer": ('[[shot]]\nprompt = "a"\nenhance-by = "me"\n', "enhance-by = 'me'"),
     "output": ('[[shot]]\nprompt = "a"\noutput = "x.png"\n', "output, which a story decides"),
     "batch": ('[[shot]]\nprompt = "a"\nbatch = 2\n', "batch, which a story decides"),
     "model of a shot": ('[[shot]]\nprompt = "a"\nmodel = "x"\n', "put it in [defaults]"),

@@ -79,6 +79,13 @@ def _check(shot: Shot, number: int, parser: _Parser, known: dict[str, set[str]])
     for name in shot.options:
         if name not in all_known:
             raise RequestError(f"shot {number} has {shown(name)}, which is no option of {picture} or i2v")
+    enhance, writer = shot.options.get("enhance", False), shot.options.get("enhance-by", "auto")
+    if not isinstance(enhance, bool) or writer not in ("auto", "model", "endpoint"):
+        raise RequestError(
+            f"shot {number} has enhance = {shown(enhance)}, enhance-by = {shown(writer)}; expected true "
+            f"or false, "
+            "and auto, model or endpoint"
+        )
     for file in shot.references:
         if not Path(file).is_file():
             raise RequestError(f"the reference {file} of shot {number} does not exist")

@@ -13,9 +13,10 @@ import io
 import json
 import os
 import threading
+import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -27,6 +28,7 @@ from ..errors import RequestError
 
 KEY, MODEL, URL = "LANCE_REWRITE_API_KEY", "LANCE_REWRITE_MODEL_NAME", "LANCE_REWRITE_BASE_URL"
 TIMEOUT = 60.0  # seconds for everything, from connecting to the last byte
+POLL = 0.2  # seconds between looks at whether to stop
 MAX_REPLY = 1 << 20  # bytes
 LONGEST_SIDE = 1024  # pixels of a picture that is sent
 
@@ -78,8 +80,10 @@ class Endpoint:
         temperature: float,
         seed: int,
         timeout: float = TIMEOUT,
+        waiting: Callable[[], None] | None = None,
     ) -> str:
-        """What the service answers. pictures: uint8 [H, W, 3].
+        """What the service answers. pictures: uint8 [H, W, 3]. waiting: called several times a second until
+        then; raise in it to stop.
 
         Raises:
             Unanswered: it refuses, takes longer than `timeout` seconds, or sends what is no answer.
@@ -89,7 +93,11 @@ class Endpoint:
         done: list[str | Exception] = []
         worker = threading.Thread(target=lambda: done.append(self._tried(body, timeout)), daemon=True)
         worker.start()
-        worker.join(timeout)
+        end = time.monotonic() + timeout
+        while worker.is_alive() and (left := end - time.monotonic()) > 0:
+            worker.join(min(left, POLL))
+            if waiting is not None:
+                waiting()
         if not done:
             raise Unanswered(f"{self.host} did not answer within {timeout:g} seconds")
         if isinstance(done[0], Exception):

@@ -284,6 +284,9 @@ def test_in_the_browser(page, name, screenshots, host):
         if message["type"] == "executed"
     }
     check_outputs(name, outputs, page.server, host)
+    for key, node in api(name).items():
+        if node["class_type"] in TALKING:
+            assert page.page.evaluate("id => app.graph.getNodeById(id).properties.lance_answer", int(key))
     page.screenshot(screenshots / f"{name}-{page.frontend}-run.png")
     assert page.nodes_with_errors() == []
     assert page.complaints[heard:] == []
