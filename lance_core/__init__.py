@@ -16,7 +16,7 @@ from .errors import CheckpointError, LanceError, MediaError, NumericsError, Requ
 if TYPE_CHECKING:
     from .hub.download import DownloadError
     from .inputs import media
-    from .pipeline import Answer, Generated, Lance, load
+    from .pipeline import Answer, Generated, Lance, Windows, load
 
 __version__ = "0.1.0"
 
@@ -30,11 +30,12 @@ __all__ = [
     "MediaError",
     "NumericsError",
     "RequestError",
+    "Windows",
     "load",
     "media",
 ]
 
-_LAZY = {name: ".pipeline" for name in ("Answer", "Generated", "Lance", "load")} | {
+_LAZY = {name: ".pipeline" for name in ("Answer", "Generated", "Lance", "Windows", "load")} | {
     "media": ".inputs.media",
     "DownloadError": ".hub.download",
 }

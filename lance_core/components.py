@@ -186,7 +186,11 @@ class Components:
         """Normalised latent, float32 [t, h, w, 48], of a clip uint8 [T, H, W, 3] brought to the preset's
         size.
         """
-        pixels = preprocess.vae_pixels(clip, resolution).to(self.device, self.dtype)
+        return self.encode_frames(preprocess.vae_frames(clip, resolution))
+
+    def encode_frames(self, frames: np.ndarray) -> Tensor:
+        """Normalised latent, float32 [t, h, w, 48], of frames uint8 [T, H, W, 3], H and W multiples of 16."""
+        pixels = preprocess.to_signed(frames).to(self.device, self.dtype)
         latent = self.vae.encode(pixels, progress=lambda i, n: self.report("encoding", i, n))
         if not bool(torch.isfinite(latent).all()):
             raise NumericsError(f"the VAE's encoder gave NaN or infinity{self.blame('vae')}")

@@ -11,6 +11,7 @@ from . import checks
 from .errors import NumericsError, RequestError
 from .inputs.tokenizer import Tokenizer
 from .model.dual_expert import DualExpert
+from .model.kv_cache import Context
 from .model.sequence import Sequence
 from .model.token_loop import TokenLoop
 
@@ -80,7 +81,24 @@ def write(
     Raises:
         NumericsError: NaN or infinity in the logits; says at which token.
     """
-    context, logits, position = model.read(sequence, tokens_per_second, max_new_tokens - 1)
+    read = model.read(sequence, tokens_per_second, max_new_tokens - 1)
+    return write_after(model, tokenizer, read, max_new_tokens, choose, on_token, fixed, ahead)
+
+
+def write_after(
+    model: DualExpert,
+    tokenizer: Tokenizer,
+    read: tuple[Context, Tensor, int],
+    max_new_tokens: int,
+    choose: Callable[[Tensor], int | None],
+    on_token: Callable[[NewText], None] | None = None,
+    fixed: bool = False,
+    ahead: bool | None = None,
+) -> tuple[str, list[int]]:
+    """`write` after a context that is computed already. read: as `DualExpert.read` gives it, with room for
+    `max_new_tokens - 1`; afterwards the context holds the answer too, all but its last token.
+    """
+    context, logits, position = read
     following = TokenLoop(model, context, position, fixed)
     ahead = model.device.type != "cpu" if ahead is None else ahead
     ids: list[int] = []

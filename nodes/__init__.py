@@ -5,7 +5,9 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from . import checkpoints, example_clip, loras
+from .nodes_dialogue import LanceEnhancePrompt, LanceScore
 from .nodes_latent import EmptyLanceLatent, LanceImageToVideoLatent, LanceVAEDecode
+from .nodes_longer import LanceExtendVideo, LanceKeyframes
 from .nodes_model import LanceLoader, LanceTextEncode, LanceVisionEncode
 from .nodes_sample import LanceGuider, LanceNoise, LanceSampler, LanceScheduler
 from .nodes_save import LanceSaveCheckpoint
@@ -24,6 +26,10 @@ NODES = [
     LanceVAEDecode,
     LanceUnderstand,
     LanceSaveCheckpoint,
+    LanceScore,
+    LanceEnhancePrompt,
+    LanceKeyframes,
+    LanceExtendVideo,
 ]
 
 

@@ -23,6 +23,7 @@ from ..lance_core.config import MAX_FRAMES, Grid, latent_frames, pixel_size
 from ..lance_core.errors import RequestError
 from ..lance_core.inputs.tasks import check_size
 from ..lance_core.model.dual_expert import Plan
+from ..lance_core.model.references import without_references
 from ..lance_core.model.rope import GridScale
 from ..lance_core.model.sequence import (
     Branch,
@@ -101,6 +102,11 @@ class Encoded:
                     "sampler. For a second, larger pass connect the upscaled latent to size_from of another "
                     "Lance Vision Encode, and encode the prompt with its vision."
                 )
+
+    @cached_property
+    def without_references(self) -> Encoded:
+        """The encode without its caption and references, for guidance on what is shown."""
+        return replace(self, sequence=without_references(self.sequence), negative=None)
 
     @property
     def reference_tokens(self) -> int:
@@ -183,3 +189,22 @@ def prompt_of(conds: dict[str, Any]) -> Prompt:
             "Conditioning (Combine)."
         )
     return prompt
+
+
+def dropped_conditioning(positive: list) -> list:
+    """A positive CONDITIONING with every prompt's caption and references left out.
+
+    Raises:
+        RequestError: a prompt shows nothing.
+    """
+    out = []
+    for _, options in positive:
+        encoded = prompt_of(options).encoded
+        if not encoded.reference_tokens:
+            raise RequestError(
+                "cfg_vision guides on what is shown and the prompt shows nothing: set it to 1, or connect a "
+                "vision to Lance Text Encode."
+            )
+        dropped = Prompt(encoded.without_references, Branch.CONDITIONAL)
+        out.append([dropped.mark(), {**options, KEY: dropped}])
+    return out

@@ -6,11 +6,13 @@ from comfy_api.latest import io
 
 from ..lance_core.errors import RequestError
 from ..lance_core.inputs import prompts
+from ..lance_core.inputs.seen import ClipRange
 from ..lance_core.inputs.sizes import PRESETS
 from ..lance_core.inputs.tasks import SYSTEM_PROMPTS, check_text
 from ..lance_core.model.sequence import Branch
 from . import checkpoints, latents, loader, pictures
 from .conditioning import Encoded, Prompt
+from .ranges import range_inputs
 from .sockets import CATEGORY, EDIT, LANCE, LANCE_VISION, QUESTION, ROLES, Reader, Vision, checked
 
 AUTO = "auto"
@@ -117,7 +119,9 @@ class LanceVisionEncode(io.ComfyNode):
                     tooltip="Load Image's mask: transparent parts are shown as white, as in training.",
                 ),
                 LANCE_VISION.Input(
-                    "earlier", optional=True, tooltip="Subjects encoded before, to which these are added."
+                    "earlier",
+                    optional=True,
+                    tooltip="Subjects, or pictures and clips of a question, encoded before; these are added.",
                 ),
                 io.Latent.Input(
                     "size_from",
@@ -125,6 +129,7 @@ class LanceVisionEncode(io.ComfyNode):
                     tooltip="A latent whose width and height an edit source is encoded at, for a second, "
                     "larger pass; resolution then is the size at which it is read.",
                 ),
+                *range_inputs(),
             ],
             outputs=[
                 LANCE_VISION.Output(
@@ -151,13 +156,23 @@ class LanceVisionEncode(io.ComfyNode):
         mask=None,
         earlier: Vision | None = None,
         size_from=None,
+        clip_fps: float = 0.0,
+        clip_start: float = 0.0,
+        clip_length: float = 0.0,
+        clip_frames: int = 0,
     ) -> io.NodeOutput:
         video_given = pictures.is_video(image, video, role)
         pictures.check_request(lance, video_given, role, earlier, vae)
         size = pictures.size_of(size_from, role)
+        part = ClipRange(clip_fps or None, clip_start or None, clip_length or None, clip_frames or None)
+        if part != ClipRange() and role != QUESTION:
+            raise RequestError(
+                "clip_fps, clip_start, clip_length and clip_frames are for questions: an edit changes "
+                "the whole clip. Set them to 0, or cut the clip first."
+            )
         if resolution == AUTO:
             resolution = "video_480p" if video_given else "image_768res"
-        clips = pictures.clips_of(image, video, role, mask)
+        clips = pictures.clips_of(image, video, role, mask, part)
         seen, grid = pictures.encode(lance, vae, clips, video_given, role, resolution, earlier, size)
         return io.NodeOutput(seen, {"samples": latents.empty_latent(grid)})
 

@@ -88,6 +88,20 @@ def _guidance_inputs() -> list:
     ]
 
 
+def _vision_input() -> io.Float.Input:
+    return io.Float.Input(
+        "cfg_vision",
+        default=1.0,
+        min=0.0,
+        max=100.0,
+        step=0.1,
+        optional=True,
+        tooltip="Guidance on what is shown, for edits and subjects: above 1 keeps closer to it. 1 "
+        "turns it off; "
+        "else each guided step takes half as long again.",
+    )
+
+
 def _denoise() -> io.Float.Input:
     return io.Float.Input(
         "denoise",
@@ -99,8 +113,10 @@ def _denoise() -> io.Float.Input:
     )
 
 
-def _guidance(cfg: float, cfg_start: float, cfg_end: float, renorm: str, renorm_min: float) -> Guidance:
-    return Guidance(cfg, (cfg_end, cfg_start), renorm, renorm_min)
+def _guidance(
+    cfg: float, cfg_start: float, cfg_end: float, renorm: str, renorm_min: float, cfg_vision: float = 1.0
+) -> Guidance:
+    return Guidance(cfg, (cfg_end, cfg_start), renorm, renorm_min, cfg_vision)
 
 
 class LanceSampler(io.ComfyNode):
@@ -133,6 +149,7 @@ class LanceSampler(io.ComfyNode):
                     tooltip="euler is the released one.",
                 ),
                 _denoise(),
+                _vision_input(),
             ],
             outputs=[io.Latent.Output("samples", display_name="samples", tooltip="For Lance VAE Decode.")],
         )
@@ -161,8 +178,10 @@ class LanceSampler(io.ComfyNode):
         renorm_min,
         sampler,
         denoise,
+        cfg_vision=1.0,
     ) -> io.NodeOutput:
-        guider = sampling.IntervalGuider(model, _guidance(cfg, cfg_start, cfg_end, renorm, renorm_min))
+        guidance = _guidance(cfg, cfg_start, cfg_end, renorm, renorm_min, cfg_vision)
+        guider = sampling.IntervalGuider(model, guidance)
         guider.set_conds(positive, negative)
         noise = sampling.SeededNoise(seed, sampling.reference_tokens(positive))
         times = sampling.sigmas(steps, shift, denoise)
@@ -205,14 +224,18 @@ class LanceGuider(io.ComfyNode):
                 io.Conditioning.Input("positive", tooltip="From Lance Text Encode."),
                 io.Conditioning.Input("negative", tooltip="From Lance Text Encode."),
                 *_guidance_inputs(),
+                _vision_input(),
             ],
             outputs=[io.Guider.Output("guider", display_name="guider")],
         )
 
     @classmethod
     @checked
-    def execute(cls, model, positive, negative, cfg, cfg_start, cfg_end, renorm, renorm_min) -> io.NodeOutput:
-        guider = sampling.IntervalGuider(model, _guidance(cfg, cfg_start, cfg_end, renorm, renorm_min))
+    def execute(
+        cls, model, positive, negative, cfg, cfg_start, cfg_end, renorm, renorm_min, cfg_vision=1.0
+    ) -> io.NodeOutput:
+        guidance = _guidance(cfg, cfg_start, cfg_end, renorm, renorm_min, cfg_vision)
+        guider = sampling.IntervalGuider(model, guidance)
         guider.set_conds(positive, negative)
         return io.NodeOutput(guider)
 

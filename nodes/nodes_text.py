@@ -7,13 +7,13 @@ import comfy.utils
 from comfy_api.latest import io
 
 from ..lance_core.errors import RequestError
-from ..lance_core.inputs import prompts
-from ..lance_core.inputs.prompts import SYSTEM_PROMPTS
 from ..lance_core.inputs.tasks import MAX_NEW_TOKENS, check_text
-from ..lance_core.model.memory import text_bytes
-from ..lance_core.text_generation import Chooser, write
-from . import comfy_compat
-from .sockets import CATEGORY, LANCE, LANCE_VISION, QUESTION, Reader, Vision, checked
+from ..lance_core.model.sequence import VisualSegment
+from ..lance_core.text_generation import Chooser
+from . import comfy_compat, dialogue
+from .sockets import CATEGORY, LANCE, LANCE_CHAT, LANCE_VISION, QUESTION, Chat, Reader, Vision, checked
+
+CHAT = 1  # the number of that output
 
 
 class LanceUnderstand(io.ComfyNode):
@@ -25,11 +25,16 @@ class LanceUnderstand(io.ComfyNode):
             node_id="LanceUnderstand",
             display_name="Lance Understand",
             category=CATEGORY,
-            description="Answers a question about a picture or a clip. Loads the understanding half of the "
-            "model only.",
+            description="Answers questions about pictures and clips, one after another. Loads the "
+            "understanding half of the model only.",
             inputs=[
                 LANCE.Input("lance", tooltip="From Lance Loader."),
-                LANCE_VISION.Input("vision", tooltip="From Lance Vision Encode, role 'question'."),
+                LANCE_VISION.Input(
+                    "vision",
+                    optional=True,
+                    tooltip="From Lance Vision Encode, role 'question'; without it, a question without "
+                    "pictures.",
+                ),
                 io.String.Input(
                     "question",
                     multiline=True,
@@ -74,9 +79,31 @@ class LanceUnderstand(io.ComfyNode):
                     control_after_generate=True,
                     tooltip="For temperatures above 0.",
                 ),
+                LANCE_CHAT.Input(
+                    "chat",
+                    optional=True,
+                    tooltip="The chat of an earlier Lance Understand: this question goes on from "
+                    "there, and what "
+                    "was said is not computed again.",
+                ),
+                io.Combo.Input(
+                    "positions",
+                    options=dialogue.POSITIONS,
+                    default="released",
+                    optional=True,
+                    tooltip="Where what is shown stands in time: as in the released inference, or as in its "
+                    "training. Try which answers better.",
+                ),
             ],
-            outputs=[io.String.Output("answer", display_name="answer")],
-            hidden=[io.Hidden.unique_id],
+            outputs=[
+                io.String.Output("answer", display_name="answer"),
+                LANCE_CHAT.Output(
+                    "conversation",
+                    display_name="chat",
+                    tooltip="The conversation so far, for another Lance Understand.",
+                ),
+            ],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
             is_output_node=True,
         )
 
@@ -85,30 +112,27 @@ class LanceUnderstand(io.ComfyNode):
     def execute(
         cls,
         lance: Reader,
-        vision: Vision,
         question: str,
         system_prompt: str,
         max_new_tokens: int,
         temperature: float,
         top_p: float,
         seed: int,
+        vision: Vision | None = None,
+        chat: Chat | None = None,
+        positions: str = "released",
     ) -> io.NodeOutput:
         check_text("The question", question)
-        if vision.role != QUESTION:
+        visuals = cls._visuals(lance, vision)
+        if chat is not None and chat.checkpoint != lance.name:
             raise RequestError(
-                f"The vision has the role {vision.role!r}: set it to 'question' on Lance Vision Encode."
+                f"The chat was held with {chat.checkpoint} and goes on with {lance.name}: use one Lance "
+                f"Loader "
+                "for both."
             )
-        if vision.checkpoint != lance.name:
-            raise RequestError(
-                f"The vision was encoded with {vision.checkpoint} and is asked of {lance.name}: use one "
-                "Lance Loader for both."
-            )
-        trained = SYSTEM_PROMPTS["x2t_video" if vision.video else "x2t_image"]
-        system = system_prompt if system_prompt and system_prompt.strip() else trained
-        sequence = prompts.question(lance.tokenizer, system, vision.segments, question)
-        tokens = sum(s.length for s in sequence.context) + max_new_tokens
-        needed = text_bytes(lance.config.llm, tokens, lance.compute.itemsize)
-        mm.load_models_gpu([lance.und], memory_required=needed)
+        earlier = None if chat is None else chat.conversation
+        trained = positions == dialogue.AS_TRAINED
+        before = dialogue.begin(earlier, visuals, bool(vision and vision.video), system_prompt, trained)
         bar = comfy.utils.ProgressBar(max_new_tokens)
         node_id, written = cls.hidden.unique_id, []
 
@@ -118,13 +142,22 @@ class LanceUnderstand(io.ComfyNode):
             bar.update_absolute(len(written), max_new_tokens)
             comfy_compat.show_text("".join(written), node_id)
 
-        text, _ = write(
-            lance.understanding(),
-            lance.tokenizer,
-            sequence,
-            lance.config.tokens_per_second,
-            max_new_tokens,
-            Chooser(temperature, top_p, seed),
-            show,
-        )
-        return io.NodeOutput(text, ui={"text": [text]})
+        choose = Chooser(temperature, top_p, seed)
+        keep = dialogue.goes_on(cls.hidden.prompt, node_id, CHAT)
+        text, after = dialogue.answer(lance, before, question, visuals, max_new_tokens, choose, show, keep)
+        return io.NodeOutput(text, Chat(after, lance.name), ui={"text": [text]})
+
+    @staticmethod
+    def _visuals(lance: Reader, vision: Vision | None) -> tuple[VisualSegment, ...]:
+        if vision is None:
+            return ()
+        if vision.role != QUESTION:
+            raise RequestError(
+                f"The vision has the role {vision.role!r}: set it to 'question' on Lance Vision Encode."
+            )
+        if vision.checkpoint != lance.name:
+            raise RequestError(
+                f"The vision was encoded with {vision.checkpoint} and is asked of {lance.name}: use one "
+                "Lance Loader for both."
+            )
+        return tuple(s for s in vision.segments if isinstance(s, VisualSegment))

@@ -16,6 +16,8 @@ from torch import Tensor
 from ..lance_core.config import CELL, OUTPUT_FPS, Grid, latent_grid
 from ..lance_core.errors import MediaError, NumericsError, RequestError
 from ..lance_core.inputs import media, preprocess
+from ..lance_core.inputs.clips import Pick
+from ..lance_core.inputs.seen import ClipRange
 from ..lance_core.inputs.sizes import Size
 from ..lance_core.inputs.tasks import check_size
 from ..lance_core.model.memory import vit_bytes
@@ -47,10 +49,10 @@ def check_request(reader: Reader, video: bool, role: str, earlier: Vision | None
             f"The earlier vision is for the role {earlier.role!r} and this one for {role!r}: use one role "
             "for all of them."
         )
-    if earlier is not None and role != SUBJECT:
+    if earlier is not None and role == EDIT:
         raise RequestError(
             f"One picture or clip is all a {role} takes; only subject references can be appended to an "
-            "earlier vision."
+            "earlier vision, and what a question is about."
         )
     if video and role == SUBJECT:
         raise RequestError(
@@ -84,14 +86,17 @@ def size_of(latent: dict[str, Any] | None, role: str) -> Size | None:
     return check_size(samples.shape[-1] * CELL, samples.shape[-2] * CELL)
 
 
-def clips_of(images: Tensor | None, video: Any, role: str, mask: Tensor | None) -> list[Clip]:
+def clips_of(
+    images: Tensor | None, video: Any, role: str, mask: Tensor | None, part: ClipRange | None = None
+) -> list[Clip]:
     """Clips to encode: the frames the model sees of a VIDEO or of an IMAGE that is one, or each image on its
-    own.
+    own. part: which frames of a clip, None for those of training.
     """
+    pick = None if part is None else part.pick
     if images is None:
-        return [_clip_of(video)]
+        return [_clip_of(video, pick)]
     if is_video(images, video, role):
-        return [_thinned(images, OUTPUT_FPS, mask)]
+        return [_thinned(images, OUTPUT_FPS, mask, pick)]
     return [frame[None] for frame in to_bytes(images, mask)]
 
 
@@ -125,12 +130,12 @@ def to_bytes(images: Tensor, mask: Tensor | None = None, picks: list[int] | None
         raise RequestError(f"The image cannot be used: {error} Look at the node it comes from.") from None
 
 
-def _thinned(images: Tensor, fps: float, mask: Tensor | None = None) -> Clip:
+def _thinned(images: Tensor, fps: float, mask: Tensor | None = None, pick: Pick | None = None) -> Clip:
     """The frames of a clip the model sees; images [n, h, w, c] at `fps`."""
-    return to_bytes(images, mask, preprocess.frame_indices(len(images), fps))
+    return to_bytes(images, mask, (pick or preprocess.frame_indices)(len(images), fps))
 
 
-def _clip_of(video: Any) -> Clip:
+def _clip_of(video: Any, pick: Pick | None = None) -> Clip:
     """The frames of a VIDEO the model sees.
 
     A file is read as lance_core reads it: ComfyUI's versions turn colours into RGB in different ways, and
@@ -138,9 +143,9 @@ def _clip_of(video: Any) -> Clip:
     """
     file = comfy_compat.video_file(video)
     if file is not None:
-        return media.read_clip(file, progress=comfy_compat.progress())[0]
+        return media.read_clip(file, pick=pick, progress=comfy_compat.progress())[0]
     components = video.get_components()
-    return _thinned(components.images, float(components.frame_rate))
+    return _thinned(components.images, float(components.frame_rate), pick=pick)
 
 
 def encode(
@@ -166,7 +171,8 @@ def encode(
         segments.append(embed(reader, clip, resolution, kind))
         if role != QUESTION:
             segments.append(VisualSegment(Kind.CLEAN, kind, grid, latent_of(vae, clip, pixels)))
-    return Vision(role, tuple(segments), video, reader.name), grid
+    seen_before = earlier is not None and earlier.video
+    return Vision(role, tuple(segments), video or seen_before, reader.name), grid
 
 
 def embed(reader: Reader, clip: Clip, resolution: str, role: Role) -> Segment:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import Any
 
 import comfy.samplers
@@ -12,7 +13,7 @@ from torch import Tensor
 from ..lance_core.errors import RequestError
 from ..lance_core.model.sampler import Guidance, schedule, seeded_noise
 from . import comfy_compat
-from .conditioning import KEY, Prompt
+from .conditioning import KEY, Prompt, dropped_conditioning
 from .latents import check_latent
 from .model import LanceModel
 
@@ -46,6 +47,13 @@ class IntervalGuider(comfy.samplers.CFGGuider):
         if guidance.active and "sampler_cfg_function" in self.model_options:
             logging.warning("Lance guidance replaces the CFG function another node has put on the model.")
 
+    def set_conds(self, positive: Any, negative: Any) -> None:
+        """Both branches and, where what is shown is guided on, the one without it."""
+        conds = {"positive": positive, "negative": negative}
+        if self.guidance.shows:
+            conds["dropped"] = dropped_conditioning(positive)
+        self.inner_set_conds(conds)
+
     def predict_noise(
         self, x: Tensor, timestep: Tensor, model_options: dict | None = None, seed: int | None = None
     ) -> Tensor:
@@ -55,16 +63,38 @@ class IntervalGuider(comfy.samplers.CFGGuider):
             options["sampler_cfg_function"] = self._combine
         positive, negative = self.conds.get("positive"), self.conds.get("negative")
         scale = self.guidance.scale if active else 1.0
+        if active and self.guidance.shows:
+            return self._with_vision(x, timestep, options)
         return comfy.samplers.sampling_function(
             self.inner_model, x, timestep, negative, positive, scale, model_options=options, seed=seed
         )
 
-    def _combine(self, args: dict[str, Any]) -> Tensor:
+    def _with_vision(self, x: Tensor, timestep: Tensor, options: dict[str, Any]) -> Tensor:
+        """The guided prediction from all three branches, in one forward where memory allows."""
+        conds = [self.conds.get(name) for name in ("positive", "negative", "dropped")]
+        cond, uncond, dropped = comfy.samplers.calc_cond_batch(self.inner_model, conds, x, timestep, options)
+        options["sampler_cfg_function"] = partial(self._combine, dropped=x - dropped)
+        return comfy.samplers.cfg_function(
+            self.inner_model,
+            cond,
+            uncond,
+            self.guidance.scale,
+            x,
+            timestep,
+            model_options=options,
+            cond=conds[0],
+            uncond=conds[1],
+        )
+
+    def _combine(self, args: dict[str, Any], dropped: Tensor | None = None) -> Tensor:
         """ComfyUI's protocol: "cond" and "uncond" are x - denoised, velocity times sigma, so the ratio of
         norms is the velocity's.
         """
         floor = 1e-8 * args["sigma"].flatten()[0].float()
-        return self.guidance.combine(args["cond"].float(), args["uncond"].float(), channels=1, floor=floor)
+        without = None if dropped is None else dropped.float()
+        return self.guidance.combine(
+            args["cond"].float(), args["uncond"].float(), channels=1, floor=floor, dropped=without
+        )
 
 
 class SeededNoise:

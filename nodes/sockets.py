@@ -1,5 +1,5 @@
-"""What travels between our nodes where ComfyUI has no type for it: LANCE and LANCE_VISION; and the roles of
-pictures.
+"""What travels between our nodes where ComfyUI has no type for it: LANCE, LANCE_VISION and LANCE_CHAT; and
+the roles of pictures.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from comfy_api.latest import io
 
 from ..lance_core.checks import shown
 from ..lance_core.config import LanceConfig
+from ..lance_core.dialogue.conversation import Conversation
 from ..lance_core.errors import RequestError
 from ..lance_core.inputs.tokenizer import Tokenizer
 from ..lance_core.model.dual_expert import DualExpert
@@ -23,6 +24,7 @@ from . import comfy_compat
 CATEGORY = "Lance"
 LANCE = io.Custom("LANCE")
 LANCE_VISION = io.Custom("LANCE_VISION")
+LANCE_CHAT = io.Custom("LANCE_CHAT")
 EDIT, SUBJECT, QUESTION = "edit source", "subject reference", "question"
 ROLES = (EDIT, SUBJECT, QUESTION)
 
@@ -56,6 +58,14 @@ class Reader:
             dtype=self.compute,
             device=self.und.load_device,
         )
+
+
+@dataclass(eq=False)
+class Chat:
+    """What a LANCE_CHAT is: a conversation, and the checkpoint it was held with."""
+
+    conversation: Conversation = field(repr=False)
+    checkpoint: str
 
 
 @dataclass(eq=False)
@@ -96,6 +106,7 @@ LINKED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "VIDEO": (lambda v: hasattr(v, "get_components"), "Load Video"),
     "LANCE": (lambda v: isinstance(v, Reader), "the LANCE of Lance Loader"),
     "LANCE_VISION": (lambda v: isinstance(v, Vision), "Lance Vision Encode"),
+    "LANCE_CHAT": (lambda v: isinstance(v, Chat), "the chat of another Lance Understand"),
 }
 
 

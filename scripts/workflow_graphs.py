@@ -1,4 +1,4 @@
-"""The eleven example workflows, each written once: nodes, links, texts and the columns they stand in.
+"""The example workflows, each written once: nodes, links, texts and the columns they stand in.
 
 `python scripts/workflows.py write` makes the files in workflows/ from this. An input that is not named here
 has its node's default.
@@ -371,3 +371,190 @@ def _multi_turn(graph: Graph, loader: Node) -> None:
         decoded = graph.add("LanceVAEDecode", vae=loader[VAE], samples=sampled[0])
         picture = decoded[IMAGES]
         graph.add("SaveImage", images=picture, filename_prefix=f"{graph.name}_{number}")
+
+
+@workflow(
+    "lance_best_of_n",
+    "Best of eight",
+    IMAGE,
+    "**Eight pictures** are drawn at once and scored by the model itself against the text; the best two "
+    "are saved. "
+    "Set *batch_size* and *keep* as you like, and keep both texts the same.",
+    "Model",
+)
+def _best_of_n(graph: Graph, loader: Node) -> None:
+    prompt = "A red panda balances on a bamboo stalk and holds three yellow balloons, misty forest behind it."
+    graph.group("Prompt")
+    text = encode(graph, loader, prompt, "image")
+    latent = graph.add("EmptyLanceLatent", size="image_768res", aspect="1:1", frames=1, batch_size=8)
+    graph.group("Sampling")
+    sampled = sample(graph, loader, text, latent[0])
+    decoded = graph.add("LanceVAEDecode", vae=loader[VAE], samples=sampled[0])
+    graph.group("The best", 440)
+    best = graph.add("LanceScore", lance=loader[LANCE], image=decoded[IMAGES], text=prompt, keep=2)
+    graph.add("SaveImage", images=best[0], filename_prefix=graph.name)
+
+
+@workflow(
+    "lance_chat_then_edit",
+    "Talk, then edit",
+    IMAGE,
+    "**Two questions** about a picture, the second one after the first: what was said is not computed "
+    "again. The "
+    "second answer is the instruction of an edit.",
+)
+def _chat_then_edit(graph: Graph, loader: Node) -> None:
+    picture = graph.add("LoadImage", image=PICTURE)
+    graph.group("Talk")
+    graph.after_run = "fixed"
+    seen = see(graph, loader, "question", image=picture[0])
+    first = graph.add(
+        "LanceUnderstand",
+        lance=loader[LANCE],
+        vision=seen[VISION],
+        question="What does this picture show, and what is its mood?",
+    )
+    graph.column()
+    second = graph.add(
+        "LanceUnderstand",
+        lance=loader[LANCE],
+        chat=first[1],
+        question="Name one change that would make it more dramatic. Answer with the instruction alone.",
+    )
+    graph.group("Edit")
+    vision = see(graph, loader, "edit source", image=picture[0])
+    text = encode(graph, loader, second[0], "image", vision)
+    graph.group("Sampling")
+    finish(graph, loader, sample(graph, loader, text, vision[LATENT]))
+
+
+@workflow(
+    "lance_enhance_to_video",
+    "Enhance, then video",
+    VIDEO,
+    "**Then** write a short wish: *Lance Enhance Prompt* writes it out as the model was trained, and "
+    "shows what it "
+    "wrote.",
+    "Model",
+)
+def _enhance_to_video(graph: Graph, loader: Node) -> None:
+    graph.group("Prompt")
+    graph.after_run = "fixed"
+    written = graph.add(
+        "LanceEnhancePrompt", lance=loader[LANCE], wish="a fox runs through fresh snow", task="t2v"
+    )
+    graph.column()
+    text = encode(graph, loader, written[0], "video")
+    latent = graph.add("EmptyLanceLatent", size="video_480p", aspect="16:9", frames=49)
+    graph.group("Sampling")
+    finish(graph, loader, sample(graph, loader, text, latent[0]), True)
+
+
+@workflow(
+    "lance_first_and_last_frame",
+    "First and last frame",
+    VIDEO,
+    "**Then** load two pictures and write what happens between them. The first stays the first frame, "
+    "the second "
+    "the last; the video takes the first one's shape.",
+)
+def _first_and_last(graph: Graph, loader: Node) -> None:
+    first = graph.add("LoadImage", image=PICTURE)
+    last = graph.add("LoadImage", image=PICTURE)
+    graph.group("What happens")
+    text = encode(graph, loader, "The girl turns around once and her hair swings with her.", "video")
+    start = graph.add(
+        "LanceImageToVideoLatent", vae=loader[VAE], start_image=first[0], size="video_480p", frames=49
+    )
+    both = graph.add("LanceKeyframes", vae=loader[VAE], latent=start[0], image=last[0], frame=-1)
+    graph.group("Sampling")
+    finish(graph, loader, sample(graph, loader, text, both[0]), True)
+
+
+@workflow(
+    "lance_minute_of_video",
+    "A minute of video",
+    VIDEO,
+    "**Then** load a picture and write what happens, a line for each part of five seconds. Twelve lines "
+    "are a "
+    "minute. The picture is the first frame.",
+)
+def _minute(graph: Graph, loader: Node) -> None:
+    lines = (
+        "The girl looks around and smiles.",
+        "She waves with both arms.",
+        "The wind picks up and her hair moves.",
+        "Clouds drift over the sky.",
+        "She turns around slowly.",
+        "She looks up at the sky.",
+        "The light turns golden.",
+        "The sun sets behind her.",
+        "Stars appear in the dark sky.",
+        "The moon rises.",
+        "She points at a shooting star.",
+        "She closes her eyes and smiles.",
+    )
+    picture = graph.add("LoadImage", image=PICTURE)
+    graph.group("What happens")
+    longer = graph.add(
+        "LanceExtendVideo",
+        model=loader[MODEL],
+        lance=loader[LANCE],
+        vae=loader[VAE],
+        images=picture[0],
+        prompts="\n".join(lines),
+        frames=60,
+    )
+    graph.group("Result", 440)
+    graph.add(
+        "SaveVideo",
+        video=longer[1],
+        filename_prefix=f"video/{graph.name}",
+        format="auto",
+        codec="auto",
+    )
+
+
+@workflow(
+    "lance_storyboard",
+    "Storyboard",
+    VIDEO,
+    "**Two shots** with the subject of one picture: each is written out, drawn as a picture and goes on "
+    "as a clip; "
+    "both become one video. Copy a shot to go on, or write a script for `python -m lance_core story`.",
+)
+def _storyboard(graph: Graph, loader: Node) -> None:
+    picture = graph.add("LoadImage", image=PICTURE)
+    subject = see(graph, loader, "subject reference", "video_480p", image=picture[0])
+    graph.after_run = "fixed"
+    made: dict = {}
+    for number, wish in enumerate(("The girl wakes up in a tent.", "She runs along the shore of a lake."), 1):
+        graph.group(f"Shot {number}")
+        links = {"lance": loader[LANCE], "image": picture[0]}
+        written = graph.add("LanceEnhancePrompt", wish=wish, task="subject_image", **links)
+        text = encode(graph, loader, written[0], "image", subject)
+        graph.column()
+        latent = graph.add("EmptyLanceLatent", size="video_480p", aspect="16:9", frames=1)
+        drawn = sample(graph, loader, text, latent[0], seed=41 + number)
+        shot = graph.add("LanceVAEDecode", vae=loader[VAE], samples=drawn[0])
+        graph.column()
+        clip = graph.add(
+            "LanceExtendVideo",
+            model=loader[MODEL],
+            lance=loader[LANCE],
+            vae=loader[VAE],
+            images=shot[IMAGES],
+            prompts=wish,
+            frames=48,
+            seed=41 + number,
+            **made,
+        )
+        made = {"before": clip[0]}
+    graph.group("Result", 440)
+    graph.add(
+        "SaveVideo",
+        video=clip[1],
+        filename_prefix=f"video/{graph.name}",
+        format="auto",
+        codec="auto",
+    )

@@ -26,18 +26,22 @@ SIZES: dict[str, tuple[int, int]] = {
     "LanceLoader": (340, 130),
     "LoadImage": (340, 350),
     "LoadVideo": (340, 350),
-    "LanceVisionEncode": (420, 190),
+    "LanceVisionEncode": (420, 300),
     "LanceTextEncode": (420, 360),
     "EmptyLanceLatent": (420, 240),
     "LanceImageToVideoLatent": (420, 250),
-    "LanceSampler": (340, 380),
+    "LanceSampler": (340, 410),
     "KSampler": (340, 290),
     "ModelSamplingSD3": (340, 70),
     "LanceVAEDecode": (340, 70),
     "VAEDecode": (340, 70),
     "SaveImage": (340, 340),
     "SaveVideo": (340, 340),
-    "LanceUnderstand": (420, 560),
+    "LanceUnderstand": (420, 600),
+    "LanceScore": (420, 560),
+    "LanceEnhancePrompt": (420, 560),
+    "LanceKeyframes": (420, 130),
+    "LanceExtendVideo": (420, 520),
     "PreviewAny": (400, 300),
 }
 STRETCHED = (
@@ -45,6 +49,7 @@ STRETCHED = (
     "SaveVideo",
     "PreviewAny",
     "LanceUnderstand",
+    "LanceEnhancePrompt",
 )  # down to the group's end, when last in their column
 # Of litegraph: the bar above a node, outside its size; and the distances kept here.
 TITLE, GAP, INNER, GROUP_GAP, GROUP_TOP = 30, 24, 40, 40, 54
@@ -310,7 +315,8 @@ def _widget_values(node: Node, after_run: str) -> list:
     values = []
     for spec in filter(is_widget, node.specs):
         name, _, details = spec
-        values.append(node.inputs[name])
+        value = node.inputs[name]
+        values.append(details.get("default", "") if isinstance(value, tuple) else value)  # not set: connected
         if details.get("control"):
             values.append(after_run)
     return [*values, *(["image"] for spec in node.specs if spec[2].get("upload"))][: len(values) + 1]

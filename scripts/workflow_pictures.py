@@ -30,8 +30,14 @@ README_PICTURES = {
     "lance_text_to_image": "text_to_image",
     "lance_image_edit": "image_edit",
     "lance_text_to_video": "text_to_video",
+    "lance_best_of_n": "best_of_n",
+    "lance_chat_then_edit": "chat_then_edit",
+    "lance_enhance_to_video": "enhance_to_video",
+    "lance_first_and_last_frame": "first_and_last_frame",
+    "lance_minute_of_video": "minute_of_video",
+    "lance_storyboard": "storyboard",
 }
-WINDOW = (2400, 1300)  # large, so that every text is drawn when the whole graph is in view
+WINDOW = (3600, 1500)  # large, so that every text is drawn when the whole graph is in view
 THUMBNAIL, PICTURE = 640, 1400  # pixels wide
 ACCENTS = {"SaveVideo": "#7b3f8f", "SaveImage": "#2f6690", "PreviewAny": "#2e7d52"}  # by what comes out
 MARGIN = 16

@@ -125,7 +125,14 @@ def test_wrong_requests_are_found_before_anything_is_loaded(golden):
 
 QUESTIONS = {
     "empty": (" ", {"image": PHOTO}, ("question is empty",)),
-    "no media": ("?", {}, ("image= or video=",)),
+    "media twice": ("?", {"image": PHOTO, "images": [PHOTO]}, ("images= and image=", "images=")),
+    "positions": ("?", {"positions": "mine"}, ("positions is 'mine'", "released, as trained")),
+    "history": ("?", {"history": "hello"}, ("history is 'hello'", ".history", "question")),
+    "half a turn": ("?", {"history": [("a",)]}, ("turn 1", "question, answer")),
+    "roles": ("?", {"history": [{"role": "user", "content": "a"}]}, ("roles", "user and assistant")),
+    "two rates": ("?", {"video": CLIP, "fps": 2, "frames": 5}, ("fps is 2", "frames 5", "one")),
+    "beyond the clip": ("?", {"video": CLIP, "start": 3}, ("start is 3", "0.42 s long")),
+    "too dense": ("?", {"video": CLIP, "fps": 0}, ("fps is 0", "above 0")),
     "both media": ("?", {"image": PHOTO, "video": CLIP}, ("takes video= only", "image=")),
     "no tokens": ("?", {"image": PHOTO, "max_new_tokens": 0}, ("max_new_tokens is 0",)),
     "temperature": ("?", {"image": PHOTO, "temperature": -1}, ("temperature is -1",)),

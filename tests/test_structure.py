@@ -26,6 +26,8 @@ LAYERS = [
     {"vae", "inputs"},
     {"checkpoint"},
     {"components", "text_generation"},
+    {"dialogue"},
+    {"prompting", "drawing"},
     {"pipeline"},
     {"__init__"},
     {"training", "scale"},
@@ -69,6 +71,8 @@ OPTIONAL = {
     ("training.tables", "pyarrow"),
     ("training.released_data", "yaml"),
     ("training.conversion", "pyarrow"),
+    ("cli.script", "tomli"),  # Python 3.10, which has no tomllib
+    ("cli.script", "tomllib"),
 }
 
 

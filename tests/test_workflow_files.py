@@ -30,6 +30,12 @@ TASKS = {
     "lance_image_question": "Lance_3B",
     "lance_video_question": "Lance_3B_Video",
     "lance_multi_turn_edit": "Lance_3B",
+    "lance_best_of_n": "Lance_3B",
+    "lance_chat_then_edit": "Lance_3B",
+    "lance_enhance_to_video": "Lance_3B_Video",
+    "lance_first_and_last_frame": "Lance_3B_Video",
+    "lance_minute_of_video": "Lance_3B_Video",
+    "lance_storyboard": "Lance_3B_Video",
 }
 
 
@@ -138,7 +144,11 @@ def test_released_settings(name):
             assert (inputs["steps"], inputs["cfg"]) == (30, 4.0)
         if "shift" in inputs:
             assert inputs["shift"] == 3.5
-        if "frames" in inputs:
+        if node["class_type"] == "LanceExtendVideo":
+            assert (inputs["steps"], inputs["cfg"], inputs["size"]) == (30, 4.0, "video_480p")
+        elif name == "lance_storyboard" and "frames" in inputs:
+            assert (inputs["size"], inputs["frames"]) == ("video_480p", 1)  # pictures that clips start with
+        elif "frames" in inputs:
             assert (inputs["size"], inputs["frames"]) == (
                 ("video_480p", 49) if TASKS[name].endswith("Video") else ("image_768res", 1)
             )

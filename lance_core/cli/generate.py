@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import RELEASED_SAMPLING, RENORMS
+from .. import checks
+from ..config import MAX_FRAMES
 from ..errors import RequestError
 from ..inputs.sizes import PRESETS
-from ..inputs.tasks import SIZES, TASKS, Task
+from ..inputs.tasks import TASKS, Task
+from . import options
 from .common import Bars, check_target, device_of, dtype_of, model_options, output_options
+from .saving import default_output, names, save, save_one, turn_path
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from ..pipeline import Generated, Lance
 
+MAX_BEST = 64
 MEDIA_HELP = {"image": "picture", "video": "clip", "references": "one or more pictures of the subjects"}
 TASK_HELP = {
     "t2i": "text to image",
@@ -31,9 +32,6 @@ TASK_HELP = {
     "x2t_image": "answer a question about a picture",
     "x2t_video": "answer a question about a clip",
 }
-SPLITS = ("guidance", "sequence", "both")
-OPTIONS = ["width", "height", "steps", "shift", "cfg", "cfg_interval", "renorm", "renorm_min", "seed"]
-OPTIONS += ["negative_prompt", "system_prompt", "resolution"]
 
 
 def add_commands(commands: Any) -> None:
@@ -49,59 +47,14 @@ def add_commands(commands: Any) -> None:
             sub.add_argument(task.takes, nargs=several, help=MEDIA_HELP[task.takes])
         sub.add_argument("--system-prompt", help="instead of the instruction the weights were trained with")
         sub.add_argument("--resolution", choices=PRESETS, help=f"default: {task.default_resolution}")
-        (_add_text_options if task.output == "text" else _add_generation_options)(sub, task)
+        if task.output == "text":
+            text = "another picture or clip, after the first; repeatable"
+            sub.add_argument("--also", action="append", default=[], metavar="FILE", help=text)
+            options.add_text_options(sub)
+            options.add_clip_options(sub)
+        else:
+            options.add_generation_options(sub, task)
         sub.set_defaults(run=run)
-
-
-def _add_generation_options(sub: argparse.ArgumentParser, task: Task) -> None:
-    video, default = task.output == "video", RELEASED_SAMPLING
-    shown = "default: %(default)s"
-    sub.add_argument("-o", "--output", metavar="FILE", help=f"default: {default_output(task)}")
-    if not task.sized_by_input:
-        sizes = ", ".join(f"{w}x{h}" for w, h in SIZES["video_480p" if video else "image_768res"].values())
-        sub.add_argument(
-            "--width", type=int, help=f"pixels, lowered to a multiple of 16; good sizes: {sizes}"
-        )
-        sub.add_argument("--height", type=int)
-    if video and task.takes != "video":
-        text = "lowered to 4k+1, at most 121, 12 a second; default: 49"
-        sub.add_argument("--frames", "--num-frames", type=int, help=text)
-    sub.add_argument("--steps", type=int, default=default.steps, help=shown)
-    sub.add_argument("--shift", type=float, default=default.shift, help=shown)
-    sub.add_argument(
-        "--cfg", type=float, default=default.cfg, help=f"guidance scale, 1 turns it off; {shown}"
-    )
-    low, high = default.cfg_interval
-    sub.add_argument(
-        "--cfg-interval",
-        type=float,
-        nargs=2,
-        default=default.cfg_interval,
-        metavar=("LOW", "HIGH"),
-        help=f"guidance applies at times above LOW up to HIGH; default: {low} {high}",
-    )
-    sub.add_argument("--renorm", choices=RENORMS, default=default.renorm, help=shown)
-    sub.add_argument("--renorm-min", type=float, default=default.renorm_min, help=shown)
-    text = "what to stay away from; default: the trained unconditional sequence"
-    sub.add_argument("--negative-prompt", help=text)
-    sub.add_argument("--seed", type=int, default=default.seed, help=shown)
-    text = "N results with seeds SEED, SEED+1, …; default: 1"
-    sub.add_argument("--batch", type=int, default=1, metavar="N", help=text)
-    text = "several processes, a GPU each, draw one result: guidance's passes apart, tokens divided, or both"
-    sub.add_argument("--split", choices=SPLITS, help=text)
-    sub.add_argument("--workers", metavar="N", help="how many for --split; default: all GPUs")
-    if task.name == "image_edit":
-        text = "another edit, of the last result; repeatable"
-        sub.add_argument("--then", action="append", default=[], metavar="PROMPT", help=text)
-
-
-def _add_text_options(sub: argparse.ArgumentParser, task: Task) -> None:
-    shown = "default: %(default)s"
-    sub.add_argument("--max-new-tokens", type=int, default=256, help=shown)
-    text = f"0 takes the likeliest token; {shown}"
-    sub.add_argument("--temperature", type=float, default=0.0, help=text)
-    sub.add_argument("--top-p", type=float, default=1.0, help=shown)
-    sub.add_argument("--seed", type=int, default=0, help=shown)
 
 
 def run(args: argparse.Namespace, bars: Bars) -> dict[str, Any] | int | None:
@@ -109,30 +62,29 @@ def run(args: argparse.Namespace, bars: Bars) -> dict[str, Any] | int | None:
     the exit code.
     """
     task = TASKS[args.command]
-    output = None if task.output == "text" else _checked_output(args, task)
-    if output is None:
-        return _understand(args, task, _load(args, task, device_of(args.device), bars), bars)
+    if task.output == "text":
+        return _understand(args, task, opened(args, task.is_video, bars), bars)
+    output = checked_output(args, task)
     if args.split is not None:
         return _split(args, task, output, bars)
     if args.workers is not None:
         raise RequestError(
             "--workers is for --split: one result by several processes. Lists of requests: `batch`"
         )
-    return _generate(args, task, _load(args, task, device_of(args.device), bars), output, bars)
-
-
-def _load(args: argparse.Namespace, task: Task, device: str, bars: Bars) -> Lance:
-    from ..pipeline import load
-
-    where = args.model or Path("models/lance") / ("Lance_3B_Video" if task.is_video else "Lance_3B")
-    options = {key: getattr(args, key) for key in ("vit", "vae", "compile", "overlap")}
-    return load(where, device, dtype_of(args.dtype), **options, progress=bars)
+    return generate(args, task, opened(args, task.is_video, bars), output, bars)
 
 
 def _split(args: argparse.Namespace, task: Task, output: Path, bars: Bars) -> dict[str, Any] | int | None:
     """Start the processes of a split request; or, in one of them, do its part."""
     from ..scale import launch
 
+    for name in ("best_of", "enhance"):
+        if getattr(args, name):
+            raise RequestError(
+                f"--split draws one result by several processes; leave out --{name.replace('_', '-')}"
+            )
+    if task.output == "video" and getattr(args, "then", []):
+        raise RequestError("--split draws one video by several processes; leave out --then")
     if not launch.is_rank():
         return launch.run(args.arguments, launch.count_for(args.split, args.workers))
     device = launch.device(args.device)
@@ -141,17 +93,22 @@ def _split(args: argparse.Namespace, task: Task, output: Path, bars: Bars) -> di
     with launch.member(device):
         from ..scale.split import joined
 
-        lance = joined(_load(args, task, device, bars), args.split)
-        result = _generate(args, task, lance, output if first else None, bars)
+        lance = joined(opened(args, task.is_video, bars, device), args.split)
+        result = generate(args, task, lance, output if first else None, bars)
     return result if first else None
 
 
-def default_output(task: Task) -> str:
-    """Where a task writes when nothing is said."""
-    return f"{task.name}{'.mp4' if task.output == 'video' else '.png'}"
+def opened(args: argparse.Namespace, video: bool, bars: Bars, device: str | None = None) -> Lance:
+    """The checkpoint the options name, or the default one; on their device, or on another."""
+    from ..pipeline import load
+
+    where = args.model or Path("models/lance") / ("Lance_3B_Video" if video else "Lance_3B")
+    chosen = {key: getattr(args, key) for key in ("vit", "vae", "compile", "overlap")}
+    place = device_of(args.device) if device is None else device
+    return load(where, place, dtype_of(args.dtype), **chosen, progress=bars)
 
 
-def _checked_output(args: argparse.Namespace, task: Task) -> Path:
+def checked_output(args: argparse.Namespace, task: Task) -> Path:
     """The file to write; it and all beside it are refused before any work if they could not be written."""
     from ..inputs import media
 
@@ -162,22 +119,32 @@ def _checked_output(args: argparse.Namespace, task: Task) -> Path:
     turns = 1 + len(getattr(args, "then", []))
     if turns > 1 and args.batch > 1:
         raise RequestError(
-            f"--then edits one result further and --batch {args.batch} makes several; use one of them"
+            f"--then goes on from one result and --batch {args.batch} makes several; use one of them"
         )
+    _check_best(args, turns)
+    count = args.batch if args.best_of is None else args.keep or 1
+    turns = turns if task.output == "image" else 1  # of a video all turns are in one file
     for turn in range(1, turns + 1):
-        for name in _names(_turn_path(output, turn, turns), min(max(args.batch, 1), 1000)):
+        for name in names(turn_path(output, turn, turns), min(max(count, 1), 1000)):
             check_target(name)
     return output
 
 
-def _turn_path(output: Path, turn: int, turns: int) -> Path:
-    """Where the result of a turn goes, counted from 1: the last has the name asked for."""
-    return output if turn == turns else output.with_stem(f"{output.stem}_{turn}")
-
-
-def _names(path: Path, count: int) -> list[Path]:
-    """Where the results of a batch go."""
-    return [path] if count == 1 else [path.with_stem(f"{path.stem}_{i}") for i in range(count)]
+def _check_best(args: argparse.Namespace, turns: int) -> None:
+    """Refuse what does not go with --best-of, before anything is loaded."""
+    if args.best_of is None:
+        if args.keep is not None:
+            raise RequestError(f"--keep {args.keep} says how many of --best-of are written; give both")
+        return
+    checks.whole("--best-of", args.best_of, 1, MAX_BEST)
+    keep = 1 if args.keep is None else args.keep
+    checks.whole("--keep", keep, 1, args.best_of, f"a whole number from 1 to --best-of, {args.best_of}")
+    if args.batch != 1:
+        raise RequestError(f"--best-of draws {args.best_of} itself; leave out --batch {args.batch}")
+    if turns > 1 and keep > 1:
+        raise RequestError(
+            f"--then goes on from one result and --keep {keep} writes several; use one of them"
+        )
 
 
 def _understand(args: argparse.Namespace, task: Task, lance: Lance, bars: Bars) -> dict[str, Any]:
@@ -187,11 +154,10 @@ def _understand(args: argparse.Namespace, task: Task, lance: Lance, bars: Bars) 
         bars.close()
         print(text, end="", flush=True)
 
-    names = ("system_prompt", "resolution", "max_new_tokens", "temperature", "top_p", "seed")
-    options = {name: getattr(args, name) for name in names} | {
-        str(task.takes): getattr(args, str(task.takes))
-    }
-    answer = lance.understand(args.prompt, **options, on_token=show if live else None)
+    chosen = {name: getattr(args, name) for name in (*options.ANSWERING, *options.CLIP, "frames")}
+    first = getattr(args, str(task.takes))
+    given = {"images": [first, *args.also]} if args.also else {str(task.takes): first}
+    answer = lance.understand(args.prompt, **given, **chosen, on_token=show if live else None)
     if live:
         print()
     elif not args.json:
@@ -199,48 +165,80 @@ def _understand(args: argparse.Namespace, task: Task, lance: Lance, bars: Bars) 
     return {"task": task.name, "text": answer.text, "token_ids": answer.token_ids}
 
 
-def _generate(
-    args: argparse.Namespace, task: Task, lance: Lance, output: Path | None, bars: Bars
-) -> dict[str, Any]:
-    """Draw all turns; without an output nothing is written."""
-    options = {key: getattr(args, key) for key in OPTIONS if hasattr(args, key)}
-    options |= {"batch_size": args.batch, "num_frames": getattr(args, "frames", None)}
+def generate(args: argparse.Namespace, task: Task, lance: Lance, output: Path | None, bars: Bars) -> dict[str, Any]:
+    """Draw, and draw on, as the options of a task say; returns what was written. Without an output nothing is."""
+    chosen = {key: getattr(args, key) for key in options.SAMPLING if hasattr(args, key)}
+    chosen |= _video_options(args)
     source: dict[str, Any] = {task.takes: getattr(args, task.takes)} if task.takes else {}
     turns = [args.prompt, *getattr(args, "then", [])]
-    written = []
-    for turn, prompt in enumerate(turns, 1):
-        result = lance.generate(task.name, prompt, **source, **options)
+    written: list[dict[str, Any]] = []
+    goes_on = task.output == "video" and len(turns) > 1
+    for turn, wish in enumerate(turns if not goes_on else turns[:1], 1):
+        prompt, extra = enhanced(args, task.name, wish, next(iter(source.values()), None), lance)
+        extra |= {"turns": turns if goes_on else turns[:turn]} if len(turns) > 1 else {}
+        if args.best_of is None:
+            results = [lance.generate(task.name, prompt, **source, **chosen, batch_size=args.batch)]
+        else:
+            keep = args.keep or 1
+            results = lance.best_of(args.best_of, task.name, prompt, keep=keep, **source, **chosen)
+        if goes_on and output is not None:
+            written.append(continued(args, lance, results[0], turns[1:], chosen, output, extra, bars))
+            break
         if output is not None:
-            path = _turn_path(output, turn, len(turns))
-            written += _save(result, path, {"turns": turns[:turn]} if len(turns) > 1 else {}, args, bars)
-        source = {str(task.takes): result.frames[0]}
+            paths = names(turn_path(output, turn, len(turns)), len(results))
+            for result, path in zip(results, paths, strict=True):
+                written += save(result, path, extra, args, bars)
+        source = {str(task.takes): results[0].frames[0]}
     return {"task": task.name, "files": written}
 
 
-def _save(
-    result: Generated, path: Path, extra: dict[str, Any], args: argparse.Namespace, bars: Bars
-) -> list[dict[str, Any]]:
-    """Write every result of a batch, the request and its own seed inside; returns what was written."""
-    from ..inputs import media
-
-    frames = result.frames if result.frames.dim() == 5 else result.frames[None]
-    written = []
-    for i, (clip, one) in enumerate(zip(frames, _names(path, len(frames)), strict=True)):
-        asked = {k: v for k, v in (result.request | extra).items() if v is not None}
-        asked |= {"seed": result.request["seed"] + i}
-        if path.suffix.lower() in media.IMAGE_FORMATS:
-            media.save_image(one, clip[0], asked)
-        else:
-            media.save_video(one, _watched(clip, bars), result.fps, asked)
-        written.append({"file": str(one), **asked})
-        if not args.json:
-            length = f", {asked['num_frames']} frames" if asked["num_frames"] > 1 else ""
-            print(f"{one}  ({asked['width']}x{asked['height']}{length}, seed {asked['seed']})", flush=True)
-    return written
+def enhanced(
+    args: argparse.Namespace, task: str, wish: str, shown: Any, lance: Lance
+) -> tuple[str, dict[str, Any]]:
+    """The prompt to draw, and what is stored of the wish it was made from."""
+    if not args.enhance:
+        return wish, {}
+    prompt = lance.enhance(wish, task, shown, by=args.enhance_by, seed=max(args.seed, 0))
+    return prompt, {"enhanced_from": wish} if prompt != wish else {}
 
 
-def _watched(frames: Tensor, bars: Bars) -> Iterator[Tensor]:
-    """The frames one by one, with a bar while they are written."""
-    for i, frame in enumerate(frames, 1):
-        yield frame
-        bars("saving", i, len(frames))
+def _video_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Frames, windows and keyframes, where a task has them."""
+    if not hasattr(args, "frames"):
+        return {}
+    out: dict[str, Any] = {"num_frames": args.frames}
+    if args.frames is not None and args.frames > MAX_FRAMES:
+        from ..model.windows import Windows
+
+        out["windows"] = Windows(args.window, args.window_overlap, args.blend)
+    kept: dict[int, str] = {}
+    for frame, file in getattr(args, "keyframe", []):
+        try:
+            kept[int(frame)] = file
+        except ValueError:
+            raise RequestError(f"--keyframe {frame}: expected a frame number, then a picture") from None
+    if kept:
+        out["keyframes"] = kept
+    return out
+
+
+def continued(
+    args: argparse.Namespace,
+    lance: Lance,
+    first: Generated,
+    prompts: list[str],
+    chosen: dict[str, Any],
+    output: Path,
+    extra: dict[str, Any],
+    bars: Bars,
+) -> dict[str, Any]:
+    """Write a video and what happens next, part after part, as one file."""
+    height, width = first.frames.shape[1:3]
+    wishes = [enhanced(args, "i2v", wish, first.frames[-1], lance)[0] for wish in prompts]
+    new = max((first.frames.shape[0] if args.frames is None else args.frames) - 1, 4) // 4 * 4
+    kept = {k: v for k, v in chosen.items() if k not in ("num_frames", "windows", "keyframes")}
+    kept |= {"width": width, "height": height, "seed": first.request["seed"] + 1}
+    frames = lance.extend((first.frames, first.fps), wishes, num_frames=new, **kept)
+    asked = {k: v for k, v in (first.request | extra).items() if v is not None}
+    asked["num_frames"] = count = len(first.frames) + new * len(wishes)
+    return save_one(output, frames, count, first.fps, asked, args, bars)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..errors import LanceError
-from . import files, generate, measure, scale, training
+from . import files, generate, longer, measure, scale, talk, training
 from .common import Bars, prepare_output, to_json
 
 ENDED = 128  # plus the signal's number
@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m lance_core", description="Lance: understand, generate and edit images and video."
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for family in (generate, scale, files, training, measure):
+    for family in (generate, longer, talk, scale, files, training, measure):
         family.add_commands(commands)
     return top
 

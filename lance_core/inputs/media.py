@@ -19,7 +19,7 @@ from . import embedded
 from .clips import Clip, Pick, Progress, read_memory
 from .files import name_of, opened, picture_format, refused
 from .images import IMAGE_FORMATS, load_image, picture_metadata, save_image
-from .moving import read_moving
+from .moving import count_moving, read_moving
 from .pixels import pictures
 from .video_reader import read_video, video_comment
 from .video_writer import VIDEO_FORMATS, save_video
@@ -28,6 +28,7 @@ __all__ = [
     "IMAGE_FORMATS",
     "VIDEO_FORMATS",
     "Clip",
+    "is_moving",
     "load_image",
     "load_video",
     "pictures",
@@ -72,6 +73,17 @@ def load_video(source: Any, fps: float | None = None) -> tuple[np.ndarray, float
     """Every frame of a short clip, uint8 [n, H, W, 3], and its frames per second; see `read_clip`."""
     frames, rate, _ = read_clip(source, fps, lambda total, _: list(range(total)))
     return frames, rate
+
+
+def is_moving(source: Any) -> bool:
+    """Whether a file is a clip: a video, or a picture file with more than one frame.
+
+    Raises:
+        MediaError: missing, or neither.
+    """
+    if not _is_picture(source, "a picture or clip"):
+        return True
+    return count_moving(source) > 1
 
 
 def read_metadata(path: str | Path) -> dict[str, Any] | None:

@@ -37,6 +37,12 @@ class Frames:
     cut: bool = False
 
 
+def count_moving(source: Any) -> int:
+    """How many frames a picture file holds, 1 for a still one; nothing is decoded."""
+    with opened_picture(source) as (image, file):
+        return len(_frames(image, file, name_of(source), None).durations)
+
+
 def read_moving(source: Any, fps: float | None, pick: Pick | None, progress: Progress | None) -> Clip:
     """A picture file as a clip, a still one as a clip of one frame; see `media.read_clip`."""
     name = name_of(source)

@@ -11,7 +11,7 @@ from ..model.sequence import Role, Segment, Sequence, TargetSegment, TextSegment
 from .tasks import SYSTEM_PROMPTS
 from .tokenizer import Tokenizer
 
-__all__ = ["SYSTEM_PROMPTS", "generation", "question"]
+__all__ = ["SYSTEM_PROMPTS", "check_text_tokens", "generation", "question"]
 
 # Text tokens of one sequence. Attention's memory grows with them, and the model never saw longer texts.
 MAX_TEXT_TOKENS = 32768
@@ -45,13 +45,18 @@ def _assemble(
         TextSegment(role, tuple(t.encode(caption))),
         TextSegment(Role.TEMPLATE, tuple(closing)),
     )
-    _check_length(
-        "prompt and instruction have",
-        sum(s.length for s in context if isinstance(s, TextSegment)),
-        MAX_TEXT_TOKENS,
-        "prompt",
-    )
+    check_text_tokens(context, "prompt and instruction have", "prompt")
     return Sequence(context, target, t.vision_start, t.vision_end, t.pad)
+
+
+def check_text_tokens(context: Iterable[Segment], whose: str, shorten: str) -> None:
+    """Refuse a context with more than MAX_TEXT_TOKENS tokens of text.
+
+    Raises:
+        RequestError: it has.
+    """
+    tokens = sum(s.length for s in context if isinstance(s, TextSegment))
+    _check_length(whose, tokens, MAX_TEXT_TOKENS, shorten)
 
 
 def _check_length(whose: str, tokens: int, most: int, shorten: str) -> None:

@@ -118,6 +118,21 @@ class Context:
         yield AppendBlock(self, region, tokens, causal, attention)
         region.filled += tokens
 
+    def copy_prefix(self, other: Context, tokens: int) -> None:
+        """Take the first `tokens` of another context's prefix as those of this one, whose prefix is empty.
+
+        Raises:
+            ValueError: they are not computed there, or do not fit here.
+        """
+        if self.prefix.filled or not tokens <= min(other.prefix.filled, self.prefix.free):
+            raise ValueError(f"{tokens} tokens of a context with {other.prefix.filled} cannot be copied here")
+        take = slice(other.prefix.start, other.prefix.start + tokens)
+        put = slice(self.prefix.start, self.prefix.start + tokens)
+        for theirs, ours in ((other.keys, self.keys), (other.values, self.values)):
+            for old, new in zip(theirs, ours, strict=True):
+                new[put] = old[take]
+        self.prefix.filled = tokens
+
     def attend_target(
         self, layer: int, branch: Branch, q: Tensor, k: Tensor, v: Tensor, attention: Attention
     ) -> Tensor:

@@ -62,15 +62,21 @@ def _lay_out(segments: tuple[Segment | TargetSegment, ...], tokens_per_second: f
     return out
 
 
-def positions(sequence: Sequence, tokens_per_second: float, scale: GridScale | None = None) -> list[Tensor]:
-    """Positions of every segment, target last; offsets applied when there is a target (understanding has
-    none).
+def positions(
+    sequence: Sequence,
+    tokens_per_second: float,
+    scale: GridScale | None = None,
+    as_trained: bool = False,
+) -> list[Tensor]:
+    """Positions of every segment, target last; offsets applied when there is a target.
 
-    scale: of the cells of the target and of what it is an edit of; nothing else moves.
+    Understanding has none: the released inference code leaves the offsets out there. as_trained: with them,
+    as the released training code lays understanding samples out. scale: of the cells of the target and of
+    what it is an edit of; nothing else moves.
     """
     segments = sequence.segments
     out = _lay_out(segments, tokens_per_second)
-    if sequence.target is None:
+    if sequence.target is None and not as_trained:
         return out
     for offset, wanted in ((VIT_OFFSET, (Kind.VIT, None)), (SUBJECT_OFFSET, (Kind.CLEAN, Role.SUBJECT))):
         chosen = [i for i, s in enumerate(segments) if s.kind is wanted[0] and wanted[1] in (None, s.role)]

@@ -5,7 +5,7 @@ The state is float32 throughout. Velocity is noise - data, time runs from 1 (noi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,12 +52,14 @@ class Guidance:
     scale: 1 means no unconditional pass at all.
     interval: (low, high]; guidance applies while low < t <= high, compared in float32.
     renorm: "global", "channel" or "none"; how the guided velocity is scaled back, never below `renorm_min`.
+    vision: scale of the references, for edits and subjects; 1 means no pass without them.
     """
 
     scale: float = RELEASED_SAMPLING.cfg
     interval: tuple[float, float] = RELEASED_SAMPLING.cfg_interval
     renorm: str = RELEASED_SAMPLING.renorm
     renorm_min: float = RELEASED_SAMPLING.renorm_min
+    vision: float = 1.0
 
     def __post_init__(self) -> None:
         # Python's own numbers, whatever came: they go into a result's metadata. The class is frozen, hence
@@ -66,11 +68,17 @@ class Guidance:
         object.__setattr__(self, "interval", checks.interval("cfg_interval", self.interval, 0, 1))
         object.__setattr__(self, "renorm", checks.choice("renorm", self.renorm, RENORMS))
         object.__setattr__(self, "renorm_min", checks.real("renorm_min", self.renorm_min, 0, 1))
+        object.__setattr__(self, "vision", checks.real("cfg_vision", self.vision, 0, MAX_SCALE))
 
     @property
     def active(self) -> bool:
         """Whether any step can need an unconditional pass."""
-        return self.scale != 1
+        return self.scale != 1 or self.shows
+
+    @property
+    def shows(self) -> bool:
+        """Whether any step can need a pass without references."""
+        return self.vision != 1
 
     def applies(self, t: Tensor) -> bool:
         """Whether time t (a float32 scalar) lies in the interval."""
@@ -78,14 +86,24 @@ class Guidance:
         return self.active and bool((low < t) & (t <= high))
 
     def combine(
-        self, cond: Tensor, uncond: Tensor, channels: int = -1, floor: float | Tensor = 1e-8
+        self,
+        cond: Tensor,
+        uncond: Tensor,
+        channels: int = -1,
+        floor: float | Tensor = 1e-8,
+        dropped: Tensor | None = None,
     ) -> Tensor:
-        """Guided velocity from both, each row on its own: w = u + s (c - u), then renorm.
+        """Guided velocity, each row on its own: w = u + s_v (r - u) + s (c - r), then renorm.
+
+        c is `cond`, r is `uncond` (references, no caption), u is `dropped` (neither); without `dropped`, and
+        at s_v = 1, that is r + s (c - r).
 
         channels: the axis of the latent's channels. floor: added to the norm divided by; scales with the
             velocity's unit.
         """
         guided = uncond + self.scale * (cond - uncond)
+        if dropped is not None:
+            guided = guided + (self.vision - 1) * (uncond - dropped)
         if self.renorm == "none":
             return guided
         dims = (channels,) if self.renorm == "channel" else tuple(range(1, guided.dim()))
@@ -98,7 +116,7 @@ def norm(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     return torch.linalg.vector_norm(x, dim=dims, keepdim=True)
 
 
-Velocity = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]
+Velocity = Callable[[Tensor, Tensor, bool], Sequence[Tensor | None]]
 
 
 def euler(
@@ -113,8 +131,8 @@ def euler(
     """Integrate dx/dt = v from times[0] to times[-1].
 
     Args:
-        velocity: (x, t, guided) -> conditional velocity and, if guided, the unconditional one; t is a float32
-            scalar.
+        velocity: (x, t, guided) -> conditional velocity and, if guided, the unconditional one, and then
+            perhaps the one without references; t is a float32 scalar.
         x: noise [b, t, h, w, c], float32. Not modified.
         times: from `schedule`.
         fixed: mask broadcastable to x; True where the state must not move (image-to-video's first frame).
@@ -130,8 +148,9 @@ def euler(
     failed = torch.full((), total, dtype=torch.long, device=x.device)
     x, at = x.clone(), times.to(x.device)
     for i in range(total):
-        cond, uncond = velocity(x, at[i], guidance.applies(times[i]))
-        v = cond if uncond is None else guidance.combine(cond, uncond)
+        cond, uncond, *more = velocity(x, at[i], guidance.applies(times[i]))
+        assert cond is not None
+        v = cond if uncond is None else guidance.combine(cond, uncond, dropped=more[0] if more else None)
         if fixed is not None:
             v = v.masked_fill(fixed, 0)
         x -= v * (at[i] - at[i + 1])

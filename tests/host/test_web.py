@@ -297,7 +297,8 @@ def test_answer_is_written_on_the_node_and_kept(page, tmp_path, request):
     saved = saved_graph(page)
     stored = next(node for node in saved["nodes"] if node["id"] == 4)
     assert stored["widgets_values"][:5] == [question, "", 12, 0, 1]
-    assert len(stored["widgets_values"]) == 7  # with the seed, by now another one, and what becomes of it
+    # With the seed, by now another one, what becomes of it, and the positions
+    assert len(stored["widgets_values"]) == 8
     page.page.evaluate("() => app.graph.clear()")
     page.load_graph(saved)
     assert value(page, 4, "lance_answer") == answer

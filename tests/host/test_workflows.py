@@ -23,7 +23,10 @@ ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"
 INPUTS = GOLDEN / "cases" / "inputs"
 NAMES = script.NAMES
-VIDEOS = [name for name in NAMES if name.endswith(("to_video", "video_edit"))]
+LONGER = ("lance_first_and_last_frame", "lance_minute_of_video", "lance_storyboard")
+VIDEOS = [name for name in NAMES if name.endswith(("to_video", "video_edit")) or name in LONGER]
+TALKING = {"LanceUnderstand", "LanceScore", "LanceEnhancePrompt"}  # show texts on the way to a picture
+FILES = {"lance_multi_turn_edit": 3, "lance_best_of_n": 2}
 ANSWERS = [name for name in NAMES if name.endswith("question")]
 
 SMALL: dict[str, dict[str, Any]] = {
@@ -32,6 +35,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "LanceSampler": {"steps": 2},
     "KSampler": {"steps": 2},
     "LanceUnderstand": {"max_new_tokens": 8},
+    "LanceScore": {"resolution": "image_256res"},
+    "LanceExtendVideo": {"frames": 4, "steps": 2, "size": "video_192p", "prompts": "it goes on"},
     "LoadVideo": {"file": "clip.mp4"},
 }
 # What comes out: width, height, and a video's frames. Edits take the shape of what they start from.
@@ -40,6 +45,9 @@ SIZE |= {
     "lance_image_edit": (256, 256),
     "lance_multi_turn_edit": (256, 256),
     "lance_video_edit": (304, 224, 9),
+    "lance_chat_then_edit": (256, 256),
+    "lance_minute_of_video": (256, 256, 5),
+    "lance_storyboard": (304, 224, 10),
 }
 
 
@@ -55,7 +63,7 @@ def small(graph: dict[str, Any], seed: int | None = None) -> dict[tuple[str, str
         wanted = dict(SMALL.get(node["class_type"], {}))
         if node["class_type"] == "LanceVisionEncode":
             wanted["resolution"] = "video_192p" if video else "image_256res"
-        if node["class_type"] == "EmptyLanceLatent" and video:
+        if node["class_type"] == "EmptyLanceLatent" and node["inputs"]["frames"] > 1:
             wanted["frames"] = 5
         if seed is not None and "seed" in node["inputs"]:
             wanted["seed"] = seed
@@ -140,6 +148,7 @@ def screenshots(tmp_path_factory) -> Path:
 def check_outputs(name: str, outputs: dict[str, dict[str, Any]], server, host) -> None:
     """The outputs of a run, {node id: what it shows}, and the files they name."""
     graph = api(name)
+    outputs = {key: ui for key, ui in outputs.items() if ui}  # what came out of the cache shows nothing
     shown = {graph[key]["class_type"]: [] for key in outputs}
     for key, ui in outputs.items():
         shown[graph[key]["class_type"]].append(ui)
@@ -148,10 +157,12 @@ def check_outputs(name: str, outputs: dict[str, dict[str, Any]], server, host) -
         texts = {"".join(ui["text"]) for uis in shown.values() for ui in uis}
         assert len(texts) == 1 and all(texts), "both show the same answer, and it is not empty"
         return
-    assert set(shown) == {"SaveVideo" if name in VIDEOS else "SaveImage"}
-    files = [item for (uis,) in [shown.values()] for ui in uis for item in ui["images"]]
+    saver = "SaveVideo" if name in VIDEOS else "SaveImage"
+    assert set(shown) - TALKING == {saver}
+    assert all("".join(ui["text"]) for kind in TALKING & set(shown) for ui in shown[kind])
+    files = [item for ui in shown[saver] for item in ui["images"]]
     paths = [server.output / item["subfolder"] / item["filename"] for item in files]
-    assert len(paths) == (3 if name == "lance_multi_turn_edit" else 1)
+    assert len(paths) == FILES.get(name, 1)
     check_files(name, paths, host)
 
 
@@ -280,6 +291,9 @@ def test_in_the_browser(page, name, screenshots, host):
         if message["type"] == "executed"
     }
     check_outputs(name, outputs, page.server, host)
+    for key, node in api(name).items():
+        if node["class_type"] in TALKING:
+            assert page.page.evaluate("id => app.graph.getNodeById(id).properties.lance_answer", int(key))
     page.screenshot(screenshots / f"{name}-{page.frontend}-run.png")
     assert page.nodes_with_errors() == []
     assert page.complaints[heard:] == []

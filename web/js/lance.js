@@ -6,7 +6,8 @@
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
 
-const ANSWERING = "LanceUnderstand";
+// Nodes that show a text they make, and what it is called on the node.
+const ANSWERING = { LanceUnderstand: "answer", LanceEnhancePrompt: "prompt", LanceScore: "scores" };
 const EMPTY = "EmptyLanceLatent";
 const FROM_IMAGE = "LanceImageToVideoLatent";
 
@@ -17,6 +18,8 @@ let facts = null;
 const WORDS = {
   en: {
     answer: "answer",
+    prompt: "prompt",
+    scores: "scores",
     waiting: "The answer appears here.",
     image: "1 image",
     frames: (n) => `${n} frames`,
@@ -34,6 +37,8 @@ const WORDS = {
   },
   zh: {
     answer: "回答",
+    prompt: "提示词",
+    scores: "分数",
     waiting: "回答会显示在这里。",
     image: "1 张图像",
     frames: (n) => `${n} 帧`,
@@ -80,7 +85,7 @@ function addAnswer(node) {
   const spec = ["STRING", { multiline: true, placeholder: text.waiting }];
   const { widget } = app.widgets.STRING(node, "lance_answer", spec, app);
   unsaved(widget);
-  widget.label = text.answer;
+  widget.label = text[ANSWERING[node.comfyClass]];
   Object.assign(widget.options, { read_only: true, getMinHeight: () => 110 });
   Object.assign(widget.element, { readOnly: true, placeholder: text.waiting });
   widget.element.classList.add("lance-answer");
@@ -225,7 +230,7 @@ app.registerExtension({
     if (nodeData.name === EMPTY) facts = nodeData.input.required.size[1].lance;
   },
   nodeCreated(node) {
-    if (node.comfyClass === ANSWERING) addAnswer(node);
+    if (node.comfyClass in ANSWERING) addAnswer(node);
     if (facts && (node.comfyClass === EMPTY || node.comfyClass === FROM_IMAGE)) addInfo(node);
     if (node.comfyClass === "LanceVAEDecode" && node.size[0] < 200) node.setSize([200, node.size[1]]); // room for its title
   },
