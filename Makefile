@@ -44,12 +44,13 @@ format: $(VENV)/.ready
 	$(VENV)/bin/ruff format .
 
 # comfy-kitchen is what ComfyUI decodes quantised weights with, to compare with ours; without it those tests skip. The pure Python
-# wheel has 0.3 MB, the others 68.
+# wheel has 0.3 MB, the others 68. Triton interprets its kernels on a CPU in tests; where it cannot be had, these skip.
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) $(TORCH)
 	$(PIP) -e '.[dev]'
 	-$(PIP) --no-deps --only-binary=:all: --platform any --target $$($(RUN) -c "import sysconfig; print(sysconfig.get_path('purelib'))") comfy-kitchen==0.2.40
+	-$(PIP) triton
 	touch $@
 
 clean:

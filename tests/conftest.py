@@ -5,6 +5,7 @@ random ones.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +25,9 @@ from lance_core.model.kv_cache import Context
 from lance_core.model.sequence import Branch, Role
 from lance_core.model.vit import VisionTower
 from lance_core.vae.wan import WanVAE
+
+# Kernels on Triton's interpreter: run by test_kernels.py in a process of its own.
+collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
 
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 

@@ -245,7 +245,7 @@ def test_positions_as_trained_move_what_is_shown_to_1000(video_lance):
             for p in (picture(0), picture(1))
         ]
     sequence = turns.conversation(video_lance.checkpoint.tokenizer, "", [], segments, "what?")
-    released, trained = (rope.positions(sequence, 2, flag) for flag in (False, True))
+    released, trained = (rope.positions(sequence, 2, as_trained=flag) for flag in (False, True))
     shift = 1000 - int(released[1][0, 0])
     for segment, a, b in zip(sequence.context, released, trained, strict=True):
         moved = torch.tensor([shift if segment.kind is Kind.VIT else 0, 0, 0])[:, None]
@@ -264,7 +264,7 @@ def test_as_trained_is_what_the_released_training_code_does(video_lance, golden,
     texts = (tuple(ids[:start]), tuple(ids[end + 1 :]))
     before, after = (TextSegment(Role.TEMPLATE, text) for text in texts)
     whole = Sequence((before, seen, after), None, t.vision_start, t.vision_end, t.pad)
-    first, visual, last = rope.positions(whole, 2, True)
+    first, visual, last = rope.positions(whole, 2, as_trained=True)
     read_in_order = torch.cat([first, visual[:, :1], visual[:, 2:], visual[:, 1:2], last], dim=1)
     assert whole.token_ids() == ids and torch.equal(read_in_order, case["position_ids"])
     asked = int(case["ce_loss_indexes"][0]) + 1 - (end + 1)

@@ -165,8 +165,10 @@ def _understand(args: argparse.Namespace, task: Task, lance: Lance, bars: Bars) 
     return {"task": task.name, "text": answer.text, "token_ids": answer.token_ids}
 
 
-def generate(args: argparse.Namespace, task: Task, lance: Lance, output: Path | None, bars: Bars) -> dict[str, Any]:
-    """Draw, and draw on, as the options of a task say; returns what was written. Without an output nothing is."""
+def generate(
+    args: argparse.Namespace, task: Task, lance: Lance, output: Path | None, bars: Bars
+) -> dict[str, Any]:
+    """Draw, and draw on, as a task's options say; returns what was written: nothing without an output."""
     chosen = {key: getattr(args, key) for key in options.SAMPLING if hasattr(args, key)}
     chosen |= _video_options(args)
     source: dict[str, Any] = {task.takes: getattr(args, task.takes)} if task.takes else {}

@@ -108,8 +108,8 @@ class Forward:
         if self.together or count == 1:
             try:
                 rows = [row for row in branches for _ in range(batch)]
-                joined = (torch.cat([part] * count) for part in (x, frames))
-                return list(self.model.velocity(rows, *joined).split(batch))
+                many, times = (torch.cat([part] * count) for part in (x, frames))
+                return list(self.model.velocity(rows, many, times).split(batch))
             except Exception as error:
                 if count == 1 or not is_out_of_memory(error):
                     raise
