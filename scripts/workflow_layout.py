@@ -66,6 +66,8 @@ APP_INPUTS = {
     "EmptyLanceLatent": ("size", "aspect", "frames"),
     "LanceImageToVideoLatent": ("size", "frames"),
     "LanceUnderstand": ("question",),
+    "LanceEnhancePrompt": ("wish",),
+    "LanceExtendVideo": ("prompts", "seed"),
     "LanceSampler": ("seed",),
     "KSampler": ("seed",),
 }

@@ -231,7 +231,7 @@ def test_app_mode_shows_what_people_change(name):
     for number, widget in shown["inputs"]:
         spec = next(s for s in SCHEMAS[nodes[number]["type"]]["inputs"] if s[0] == widget)
         assert spec[1] in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
-    assert {"prompt", "question"} & {widget for _, widget in shown["inputs"]}
+    assert {"prompt", "prompts", "question"} & {widget for _, widget in shown["inputs"]}
     results = [n["id"] for n in graph["nodes"] if n["type"] in ("SaveImage", "SaveVideo", "PreviewAny")]
     assert shown["outputs"] == results and results
     assert "linearMode" not in graph["extra"], "templates open as graphs"
