@@ -125,7 +125,11 @@ def where() -> str:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         path = Path(frame.f_code.co_filename)
-        if "lance_core" in path.parts[-3:-1] and path.parent.name != "bench" and path.name != "ops.py":
+        if (
+            "lance_core" in path.parts[-3:-1]
+            and path.parent.name != "bench"
+            and path.name not in ("ops.py", "kernels.py")
+        ):
             return f" ({path.name}:{frame.f_lineno} {frame.f_code.co_name})"
         frame = frame.f_back
     return ""

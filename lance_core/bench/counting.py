@@ -160,6 +160,8 @@ class Counter(TorchDispatchMode):
             with self:
                 return func.decompose(*args, **kwargs)
         result = torch.empty_like(args[0]) if name == ATTENTION and there else func(*args, **kwargs)
+        if name == "convolution" and there:
+            result = _as_given(result, args[0])
         made = [t for t in _tensors(result) if t.device.type == "meta"]
         if made and given and not there and name in ("_to_copy", "copy_"):
             self.count.copies += 1  # from the host
@@ -235,6 +237,14 @@ def _size(tensor: Tensor) -> int:
     """Bytes of a tensor, axes that are only repeated counted once."""
     shape: Iterable[int] = (n for n, s in zip(tensor.shape, tensor.stride(), strict=True) if s or n == 0)
     return math.prod(shape) * tensor.element_size()
+
+
+def _as_given(result: Tensor, x: Tensor) -> Tensor:
+    """A convolution's result in its input's memory layout, as cuDNN leaves it."""
+    layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim)
+    if layout is None or not x.is_contiguous(memory_format=layout):
+        return result
+    return torch.empty_like(result, memory_format=layout)
 
 
 def _rows(x: Tensor) -> bool:
