@@ -135,6 +135,13 @@ def _operations(picked: Any, compute: torch.dtype) -> type:
                 return few_rows(x, self.weight, self.bias)
             return super().forward(x, *args, **kwargs)
 
+    class RMSNorm(picked.RMSNorm):
+        """Lends its weight to lance_core's kernels where it is neither cast nor fetched nor patched."""
+
+        def ready_weight(self) -> Tensor | None:
+            waits = self.comfy_cast_weights or self.weight_function or self.bias_function
+            return None if waits else self.weight
+
     class Conv3d(picked.Conv3d):
         """Checks for the user's interrupt, as `attention` does: a picture is one single step of the VAE."""
 
@@ -143,7 +150,11 @@ def _operations(picked: Any, compute: torch.dtype) -> type:
                 mm.throw_exception_if_processing_interrupted()
             return super().forward(*args, **kwargs)
 
-    return type(picked.__name__, (picked,), {"Embedding": Embedding, "Linear": Linear, "Conv3d": Conv3d})
+    return type(
+        picked.__name__,
+        (picked,),
+        {"Embedding": Embedding, "Linear": Linear, "RMSNorm": RMSNorm, "Conv3d": Conv3d},
+    )
 
 
 def planned(linear: Any) -> tuple[torch.dtype, bool]:

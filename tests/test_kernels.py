@@ -39,6 +39,18 @@ def test_a_cpu_takes_the_plain_steps(monkeypatch):
         assert not kernels.usable(meta), "autograd needs every step"
 
 
+def test_a_weight_that_is_not_at_hand_leaves_the_plain_steps(monkeypatch):
+    """Elsewhere (streamed), or to be cast or patched first, as ComfyUI's layers say."""
+    norm = torch.nn.RMSNorm(8, device="meta")
+    x = torch.empty(3, 8, device="meta")
+    assert kernels.weight_of(norm, x) is norm.weight
+    assert kernels.weight_of(norm, torch.zeros(3, 8)) is None
+    norm.ready_weight = lambda: None
+    assert kernels.weight_of(norm, x) is None
+    with torch.inference_mode(), kernels.counted_on_meta(lambda *told: None):
+        assert kernels.add_norm(x, x, norm) is None
+
+
 def test_what_is_counted_is_what_is_read_and_written():
     told = []
     with torch.inference_mode(), kernels.counted_on_meta(lambda *one: told.append(one)):

@@ -106,13 +106,13 @@ def _nowhere() -> Any:
     yield
 
 
-def weight_of(module: nn.Module, like: Tensor) -> Tensor:
-    """A layer's weight as its forward would take it: ComfyUI's layers cast, stream and patch theirs."""
-    ready = getattr(module, "weight_for", None)
-    weight = module.weight if ready is None else ready(like)
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"{type(module).__name__} has no weight")
-    return weight
+def weight_of(module: nn.Module, like: Tensor) -> Tensor | None:
+    """A layer's weight, if it can be read as it lies; None where the layer would cast, fetch or patch it, as
+    ComfyUI's may (they say so by `ready_weight`).
+    """
+    ready = getattr(module, "ready_weight", None)
+    weight = module.weight if ready is None else ready()
+    return weight if isinstance(weight, Tensor) and weight.device == like.device else None
 
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor | None:
@@ -132,12 +132,12 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor | None:
 
 def add_norm(x: Tensor, add: Tensor, norm: nn.RMSNorm) -> Tensor | None:
     """x += add, both [..., width] in contiguous rows, and the norm of x; None, and x as it was, if the kernel
-    cannot be built.
+    cannot be built or the norm's weight is not at hand.
     """
-    width = x.shape[-1]
-    if width > WIDEST or not (x.is_contiguous() and add.is_contiguous()):
+    width, weight = x.shape[-1], weight_of(norm, x)
+    if weight is None or width > WIDEST or not (x.is_contiguous() and add.is_contiguous()):
         return None
-    normed, weight = torch.empty_like(x), weight_of(norm, x)
+    normed = torch.empty_like(x)
     done = _launch(
         "add_norm",
         (x.numel() // width,),
@@ -157,7 +157,8 @@ def norm_rope(
     sin: Tensor,
     out: Sequence[Tensor],
 ) -> bool:
-    """Normed and rotated queries and keys, and values, written to `out`. False if the kernel cannot be built.
+    """Normed and rotated queries and keys, and values, written to `out`. False if the kernel cannot be built
+    or a norm's weight is not at hand.
 
     qkv: three of [b, n, heads * width], rows of any stride; norms: of queries and of keys; cos, sin: float32
     [b or 1, n, width]; out: three of [b, n, heads, width], heads contiguous.
@@ -167,14 +168,15 @@ def norm_rope(
     kv_heads, half = k_out.shape[2], width // 2
     fits = half & (half - 1) == 0 and all(t.stride(3) == 1 and t.stride(2) == width for t in out)
     rows = [t.flatten(0, 1) for t in qkv]
-    if not fits or cos.stride(-1) != 1 or sin.stride() != cos.stride():
+    weights = [weight for norm in norms if (weight := weight_of(norm, q_out)) is not None]
+    if len(weights) < 2 or not fits or cos.stride(-1) != 1 or sin.stride() != cos.stride():
         return False
     table = (0 if cos.shape[0] == 1 else cos.stride(0), cos.stride(1))
     strides = [stride for t in out for stride in t.stride()[:2]]
     return _launch(
         "norm_rope",
         (b * n,),
-        (*rows, weight_of(norms[0], q_out), weight_of(norms[1], q_out), cos, sin),
+        (*rows, *weights, cos, sin),
         tuple(out),
         *(norms[0].eps or 0.0, n, heads, kv_heads, *(t.stride(0) for t in rows), *table, *strides),
         HEADS=_power(heads),

@@ -360,3 +360,17 @@ def test_few_rows_go_the_cores_way_unless_weights_change_on_the_way(comfy, monke
         plain.weight_function = [lambda weight: 2 * weight]
         torch.testing.assert_close(plain(x[:2]), 2 * expected[:2] - bias.float())
         assert not calls
+
+
+def test_norms_lend_their_weights_to_kernels_unless_they_cast_or_patch_them(comfy, monkeypatch):
+    model = comfy.value(t2i(), "loader").model.diffusion_model
+    norms = [m for m in model.modules() if hasattr(m, "ready_weight")]
+    assert len(norms) > 4
+    norm = norms[0]
+    monkeypatch.setattr(norm, "comfy_cast_weights", False, raising=False)
+    assert norm.ready_weight() is norm.weight
+    monkeypatch.setattr(norm, "weight_function", [lambda weight: weight])
+    assert norm.ready_weight() is None
+    monkeypatch.setattr(norm, "weight_function", [])
+    monkeypatch.setattr(norm, "comfy_cast_weights", True)
+    assert norm.ready_weight() is None
