@@ -88,6 +88,11 @@ def test_a_message_is_never_too_long_and_keeps_both_ends():
     assert len(str(error)) < 500
     assert str(error).startswith("x.safetensors has") and str(error).endswith(". Download it again.")
     assert str(RequestError("short")) == "short"
+    path = "/models/" + "x" * 600
+    refused = str(CheckpointError(f"{path} cannot be written: {path!r} is too long"))
+    assert len(refused) < 500 and "… " not in refused[:20] and " cannot be written: " in refused
+    many = str(CheckpointError("a b " * 400 + "the end"))
+    assert len(many) < 500 and many.startswith("a b") and many.endswith("the end")
 
 
 @pytest.mark.parametrize("value", [3, 3.0, np.int64(3), np.float32(3), torch.tensor(3), torch.tensor(3.0)])
