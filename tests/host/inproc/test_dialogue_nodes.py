@@ -188,7 +188,7 @@ def test_cfg_vision_is_the_core_formula(comfy):
     with torch.inference_mode():
         mm.load_models_gpu([model, *model.get_additional_models()])
         model.model.current_patcher = model
-        experts = model.model.experts(model.load_device)
+        experts = model.model.experts(model.load_device, {})
         plan, dropped = encoded.plan(grid), encoded.without_references.plan(grid)
         ready, bare = experts.prefill(plan), experts.prefill(dropped)
         x = sampler.seeded_noise(7, grid, encoded.reference_tokens)[None]
