@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..lance_core.checkpoint.quantize import Format
-from . import comfy_compat
+from . import comfy_compat, comfy_quant
 
 
 class Patches(NamedTuple):
@@ -138,5 +138,5 @@ def make(format: Format, linear: Any) -> nn.Module:
     """
     dtype, bias = comfy_compat.planned(linear)
     dtype = dtype if dtype.itemsize > 1 else torch.bfloat16
-    layer = comfy_compat.quantised_linear(dtype, Quantised) or OwnQuantLinear
+    layer = comfy_quant.quantised_linear(dtype, Quantised) or OwnQuantLinear
     return layer(format, linear.in_features, linear.out_features, bias, dtype)

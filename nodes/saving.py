@@ -23,7 +23,7 @@ from ..lance_core.checkpoint.writing import Planned
 from ..lance_core.config import vae_config
 from ..lance_core.errors import CheckpointError, RequestError
 from ..lance_core.vae.wan import WanVAE
-from . import comfy_compat
+from . import comfy_quant
 from .merging import Weight, weights
 from .places import OWN_PREFIX, UND_PREFIX
 from .quant import Quantised
@@ -65,7 +65,7 @@ def _plain(weight: Weight, dtype: torch.dtype) -> Tensor:
 
 
 def _as_kept(layer: Quantised) -> Callable[[str], Callable[[], Tensor]]:
-    return lambda leaf: lambda: comfy_compat.quantised_parts(layer)[leaf].detach().cpu().contiguous()
+    return lambda leaf: lambda: comfy_quant.quantised_parts(layer)[leaf].detach().cpu().contiguous()
 
 
 def _encoded(weight: Weight) -> Callable[[str], Callable[[], Tensor]]:

@@ -4,7 +4,7 @@ replace.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 
 import torch
@@ -45,11 +45,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
     native = NATIVE_GROUPS and not (q.is_cuda and (q.dtype == torch.float32 or (causal and queries != keys)))
     folded = heads != groups and not native
     if causal and (folded or queries != keys) and queries * keys > MASKED:
-        few, parts = max(1, MASKED // keys), []
-        for i in range(0, queries, few):
-            seen = keys - max(0, queries - i - few)  # all but those of the queries that come after
-            parts.append(attention(q[:, i : i + few], k[:, :seen], v[:, :seen], True))
-        return torch.cat(parts, dim=1)
+        parts = causal_parts(queries, keys, max(1, MASKED // keys))
+        return torch.cat(
+            [attention(q[:, some], k[:, :seen], v[:, :seen], True) for some, seen in parts], dim=1
+        )
     if folded:
         return _folded(q, k, v, causal)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -58,6 +57,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal and mask is None, **grouped
     ).transpose(1, 2)
+
+
+def causal_parts(queries: int, keys: int, few: int) -> Iterator[tuple[slice, int]]:
+    """The queries `few` at a time, each part with how many keys its last one sees: all but those of the
+    queries that come after.
+    """
+    for start in range(0, queries, few):
+        stop = min(start + few, queries)
+        yield slice(start, stop), keys - queries + stop
 
 
 @lru_cache(maxsize=2)

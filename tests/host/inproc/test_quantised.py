@@ -29,7 +29,7 @@ class Two(nn.Module):
 def modules(comfy):
     return tuple(
         small.module(comfy, name)
-        for name in ("nodes.comfy_compat", "nodes.quant", "lance_core.checkpoint.quantize", "nodes.patcher")
+        for name in ("nodes.comfy_quant", "nodes.quant", "lance_core.checkpoint.quantize", "nodes.patcher")
     )
 
 
@@ -50,7 +50,10 @@ def build(comfy, modules, monkeypatch):
 
     def made(name: str, dtype=torch.float32):
         form, generator = core.FORMATS[name], torch.Generator().manual_seed(1)
-        module, plain = Two(host.operations(dtype, dtype), dtype), Two(torch.nn, dtype)
+        module, plain = (
+            Two(small.module(comfy, "nodes.comfy_compat").operations(dtype, dtype), dtype),
+            Two(torch.nn, dtype),
+        )
         core.swap(module, {"first": form, "second": form}, quant.make)
         core.swap(plain, {"first": form, "second": form})
         tensors = {"first.bias": torch.randn(NARROW, generator=generator).to(dtype)}
