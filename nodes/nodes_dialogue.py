@@ -20,6 +20,7 @@ from ..lance_core.prompting.instructions import instruction, wish
 from ..lance_core.text_generation import Chooser
 from . import comfy_compat, dialogue, pictures
 from .sockets import CATEGORY, LANCE, Reader, checked
+from .widgets import seed_input, temperature_input
 
 MODEL, ENDPOINT = "this model", "service"
 DRAWN = [name for name, task in TASKS.items() if task.output != "text"]
@@ -146,22 +147,8 @@ class LanceEnhancePrompt(io.ComfyNode):
                     tooltip="this model: nothing leaves the machine. service: the OpenAI-compatible one that "
                     "LANCE_REWRITE_BASE_URL, _MODEL_NAME and _API_KEY name in ComfyUI's environment.",
                 ),
-                io.Float.Input(
-                    "temperature",
-                    default=TEMPERATURE,
-                    min=0.0,
-                    max=5.0,
-                    step=0.05,
-                    tooltip="0: always the likeliest words. Higher: more varied prompts.",
-                ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="The same seed gives the same prompt.",
-                ),
+                temperature_input(TEMPERATURE, "0: always the likeliest words. Higher: more varied prompts."),
+                seed_input(0, "The same seed gives the same prompt."),
                 io.Image.Input(
                     "image",
                     optional=True,

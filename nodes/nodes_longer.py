@@ -21,6 +21,7 @@ from . import longer, pictures, sampling
 from .conditioning import Encoded, Prompt
 from .nodes_latent import VIDEO_PRESETS
 from .sockets import CATEGORY, LANCE, Reader, checked
+from .widgets import seed_input
 
 MAX_PARTS = 64
 
@@ -121,14 +122,7 @@ class LanceExtendVideo(io.ComfyNode):
                 io.Boolean.Input(
                     "hold_colours", default=True, tooltip="Bring each part's colours to those it starts from."
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=42,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="Part i has seed + i.",
-                ),
+                seed_input(42, "Part i has seed + i."),
                 io.Int.Input("steps", default=30, min=1, max=1000, tooltip="Denoising steps of each part."),
                 io.Float.Input(
                     "cfg", default=4.0, min=0.0, max=100.0, step=0.1, tooltip="Guidance scale. 4 as released."

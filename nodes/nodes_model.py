@@ -12,8 +12,8 @@ from ..lance_core.inputs.tasks import SYSTEM_PROMPTS, check_text
 from ..lance_core.model.sequence import Branch
 from . import checkpoints, latents, loader, pictures
 from .conditioning import Encoded, Prompt
-from .ranges import range_inputs
 from .sockets import CATEGORY, EDIT, LANCE, LANCE_VISION, QUESTION, ROLES, Reader, Vision, checked
+from .widgets import range_inputs
 
 AUTO = "auto"
 

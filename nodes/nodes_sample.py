@@ -9,19 +9,9 @@ from comfy_api.latest import io
 from ..lance_core.model.sampler import RENORMS, Guidance
 from . import sampling
 from .sockets import CATEGORY, checked
+from .widgets import seed_input
 
-MAX_SEED = 0xFFFFFFFFFFFFFFFF
-
-
-def _seed() -> io.Int.Input:
-    return io.Int.Input(
-        "seed",
-        default=42,
-        min=0,
-        max=MAX_SEED,
-        control_after_generate=True,
-        tooltip="The same seed and settings give the same result.",
-    )
+SAME = "The same seed and settings give the same result."
 
 
 def _schedule_inputs() -> list:
@@ -139,7 +129,7 @@ class LanceSampler(io.ComfyNode):
                     tooltip="The size: Empty Lance Latent, Lance Image To Video Latent, or Lance Vision "
                     "Encode for edits.",
                 ),
-                _seed(),
+                seed_input(42, SAME),
                 *_schedule_inputs(),
                 *_guidance_inputs(),
                 io.Combo.Input(
@@ -252,7 +242,7 @@ class LanceNoise(io.ComfyNode):
             description="Lance's own noise, for SamplerCustomAdvanced: the same seed then gives the same "
             "result as Lance Sampler.",
             inputs=[
-                _seed(),
+                seed_input(42, SAME),
                 io.Conditioning.Input(
                     "positive",
                     optional=True,

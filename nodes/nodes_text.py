@@ -12,6 +12,7 @@ from ..lance_core.model.sequence import VisualSegment
 from ..lance_core.text_generation import Chooser
 from . import comfy_compat, dialogue
 from .sockets import CATEGORY, LANCE, LANCE_CHAT, LANCE_VISION, QUESTION, Chat, Reader, Vision, checked
+from .widgets import seed_input, temperature_input
 
 CHAT = 1  # the number of that output
 
@@ -55,14 +56,7 @@ class LanceUnderstand(io.ComfyNode):
                     max=MAX_NEW_TOKENS,
                     tooltip="The answer is cut here; a token is about a word.",
                 ),
-                io.Float.Input(
-                    "temperature",
-                    default=0.0,
-                    min=0.0,
-                    max=5.0,
-                    step=0.05,
-                    tooltip="0: always the likeliest word. Higher: more varied answers.",
-                ),
+                temperature_input(0.0, "0: always the likeliest word. Higher: more varied answers."),
                 io.Float.Input(
                     "top_p",
                     default=1.0,
@@ -71,14 +65,7 @@ class LanceUnderstand(io.ComfyNode):
                     step=0.01,
                     tooltip="Draws only from the likeliest words that make up this share.",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="For temperatures above 0.",
-                ),
+                seed_input(0, "For temperatures above 0."),
                 LANCE_CHAT.Input(
                     "chat",
                     optional=True,

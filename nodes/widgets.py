@@ -1,10 +1,24 @@
-"""The widgets that say which part of a clip a question sees."""
+"""Widgets that several nodes have: a seed, a temperature, which part of a clip a question sees."""
 
 from __future__ import annotations
 
 from comfy_api.latest import io
 
 from ..lance_core.inputs.seen import MAX_SEEN_FRAMES
+
+MAX_SEED = 0xFFFFFFFFFFFFFFFF
+
+
+def seed_input(default: int, tooltip: str) -> io.Int.Input:
+    """A seed with ComfyUI's "control after generate"."""
+    return io.Int.Input(
+        "seed", default=default, min=0, max=MAX_SEED, control_after_generate=True, tooltip=tooltip
+    )
+
+
+def temperature_input(default: float, tooltip: str) -> io.Float.Input:
+    """How freely words are drawn."""
+    return io.Float.Input("temperature", default=default, min=0.0, max=5.0, step=0.05, tooltip=tooltip)
 
 
 def range_inputs() -> list:
